@@ -1,0 +1,36 @@
+"""What text a run reads and how it becomes batches: frozen records only. Imports no jax."""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One text source of a mixture."""
+
+    path: str = "stdlib"  # stdlib (Python's own sources), a text file or folder, .jsonl, .parquet, or hf:NAME
+    weight: float = 1.0  # share of documents drawn from it, relative to the other sources
+    field: str = "text"  # which key or column holds the text (jsonl, parquet, hf)
+    split: str = "train"  # which split (hf)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Text, tokenizer, cleaning, packing and loading."""
+
+    path: str = "stdlib"  # the run's text: stdlib, a text file or folder, .jsonl, .parquet, or hf:NAME
+    field: str = "text"  # which key or column holds the text (jsonl, parquet, hf)
+    mixture: tuple[SourceConfig, ...] = ()  # several weighted sources instead of path
+    tokenizer: str = "bpe"  # bpe (trained on the text), byte, char, or a tokenizer.json / Hugging Face folder or name
+    bpe_vocab: int = 4096  # tokens of a trained bpe
+    valid_fraction: float = 0.05  # of documents held out, chosen by content; see split
+    split: Literal["document", "tail"] = "document"  # hold out whole documents, or the last part of one long text
+    dedup: Literal["none", "exact", "near"] = "exact"  # drop repeated documents; near uses MinHash
+    near_threshold: float = 0.8  # Jaccard similarity from which two documents count as near-duplicates
+    min_chars: int = 0  # shorter documents are dropped
+    max_symbol_ratio: float = 1.0  # documents with a larger share of non-alphanumeric, non-space characters are dropped
+    max_repeat_ratio: float = 1.0  # documents with a larger share of repeated lines are dropped
+    packing: Literal["pack", "stream"] = "pack"  # whole documents packed into rows, or rows cut from one long stream
+    prefetch: int = 4  # batches made ahead of the step
+    workers: int = 0  # loader processes; 0 loads in threads of this one
+    cache_dir: str = ""  # tokenised text is kept here; empty means the user's cache folder

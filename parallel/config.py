@@ -1,0 +1,54 @@
+"""How many devices split what: the mesh's shape and the table from logical names to mesh axes. Imports no jax."""
+
+import dataclasses
+
+MeshAxes = str | tuple[str, ...] | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each mesh axis. Every axis always exists; an unused one has size 1; one may be -1: all the rest."""
+
+    data: int = -1  # replicas of the parameters, each with its part of the batch
+    fsdp: int = 1  # parameters, moments and batch split; parameters gathered where used
+    tensor: int = 1  # heads, FFN and vocabulary split
+
+    def __post_init__(self):
+        sizes = dataclasses.asdict(self)
+        for axis, size in sizes.items():
+            if size < 1 and size != -1:
+                raise ValueError(f"mesh.{axis}={size} must be at least 1, or -1 for all remaining devices")
+        if list(sizes.values()).count(-1) > 1:
+            raise ValueError(f"only one mesh axis can be -1 (all remaining devices), not {sizes}")
+
+    def sizes(self, num_devices: int) -> dict[str, int]:
+        """Size of each axis on `num_devices` devices; raises ValueError where the product does not come out."""
+        sizes = dataclasses.asdict(self)
+        fixed = 1
+        for size in sizes.values():
+            fixed *= max(size, 1) if size != -1 else 1
+        if num_devices % fixed or (fixed != num_devices and -1 not in sizes.values()):
+            shape = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+            raise ValueError(
+                f"mesh {shape} asks for {fixed} devices but {num_devices} are here; "
+                "the product must equal the devices: set one axis to -1 to take the rest"
+            )
+        return {axis: num_devices // fixed if size == -1 else size for axis, size in sizes.items()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AxisRules:
+    """Which mesh axes split each logical name; None keeps it whole. Activations have names of their own."""
+
+    batch: MeshAxes = ("data", "fsdp")  # B
+    seq: MeshAxes = None  # T
+    act_embed: MeshAxes = None  # D of activations
+    act_heads: MeshAxes = "tensor"  # N and K of activations
+    act_ffn: MeshAxes = "tensor"  # F of activations
+    act_vocab: MeshAxes = "tensor"  # V of logits
+    layers: MeshAxes = None  # L
+    embed: MeshAxes = "fsdp"  # D of parameters
+    heads: MeshAxes = "tensor"  # N and K of parameters
+    head: MeshAxes = None  # H
+    ffn: MeshAxes = "tensor"  # F of parameters
+    vocab: MeshAxes = "tensor"  # V of the embedding tables

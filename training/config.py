@@ -1,0 +1,42 @@
+"""How a run optimises and how long it runs: frozen records only. Imports no jax."""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimizer, schedule, clipping, averaging."""
+
+    name: Literal["adamw", "adafactor", "lion", "muon"] = "adamw"  # which optax rule
+    peak_lr: float = 3e-4  # learning rate after warm-up
+    schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"  # after warm-up; wsd: flat, then linear decay
+    warmup_steps: int = 100  # steps from 0 to peak_lr
+    decay_fraction: float = 0.2  # share of the steps that wsd decays over
+    final_lr_ratio: float = 0.1  # learning rate at the last step / peak_lr
+    weight_decay: float = 0.1  # on matrices only; norms, biases and embeddings are not decayed
+    b1: float = 0.9  # first-moment decay
+    b2: float = 0.95  # second-moment decay
+    eps: float = 1e-8  # added to the second moment's root
+    adam_lr_ratio: float = 0.1  # muon: learning rate of embeddings, norms and biases (by adamw) / peak_lr
+    clip_norm: float = 1.0  # global gradient norm is clipped to this; 0 turns clipping off
+    ema_decay: float = 0.0  # decay of an exponential moving average of the parameters; 0 keeps none
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Length, batch and rhythm of a run."""
+
+    steps: int  # optimizer steps
+    batch_size: int  # B, sequences in one step over all devices
+    seq_len: int  # T, tokens in one sequence
+    accumulate: int = 1  # the batch is computed in this many parts, gradients summed
+    loss_chunk: int = 512  # tokens whose logits exist at once, per sequence row
+    z_loss: float = 0.0  # weight of log(Z)^2, which keeps logits from drifting
+    eval_every: int = 100  # steps between evaluations
+    eval_batches: int = 0  # validation batches per evaluation; 0 is all of them
+    save_every: int = 200  # steps between checkpoints
+    keep: int = 3  # checkpoints kept
+    max_skipped: int = 10  # the run stops after this many non-finite steps in a row
+    sample_prompt: str = "\n"  # text continued at each evaluation
+    sample_tokens: int = 100  # tokens sampled at each evaluation; 0 samples none
