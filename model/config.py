@@ -55,7 +55,7 @@ class ModelConfig:
     tied: bool = True  # the unembedding is the embedding table
     init_scale: float = 1.0  # multiplies the fan-in standard deviation of every initial matrix
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of matmuls; parameters stay float32
-    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass computes again: nothing, all but matmuls, all
+    remat: Literal["none", "dots", "full"] = "none"  # what backward computes again: nothing, all but matmuls, all
     scan_layers: bool = True  # one compiled layer looped L times (fast compile) rather than L copies
 
     def __post_init__(self):

@@ -1,0 +1,1 @@
+"""One value a run, one file a run."""

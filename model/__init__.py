@@ -1,0 +1,1 @@
+"""One decoder, its layers, memories, cost and weights."""

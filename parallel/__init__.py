@@ -1,0 +1,1 @@
+"""Meshes, axis names, collectives, checkpoints; knows no model."""

@@ -1,0 +1,1 @@
+"""Losses, optimizers, the step and the loop."""
