@@ -1,0 +1,172 @@
+"""Parameters and the layers without memory: norms, embeddings, rotary positions, the FFN. Knows no attention."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from model.config import ModelConfig, RopeScaling
+from parallel.sharding import Names, einsum, place
+
+Key = jax.Array
+
+
+def matrix(key: Key, shape: tuple[int, ...], names: Names, *, fan_in: int, scale: float = 1.0) -> nnx.Param:
+    """Normal initial values of standard deviation scale / sqrt(fan_in)."""
+    return nnx.Param(jax.random.normal(key, shape, jnp.float32) * (scale * fan_in**-0.5), names=names)
+
+
+def constant(value: float, shape: tuple[int, ...], names: Names) -> nnx.Param:
+    """Initial values all equal: biases and norm scales."""
+    return nnx.Param(jnp.full(shape, value, jnp.float32), names=names)
+
+
+def names_of(variable: nnx.Variable) -> Names:
+    """Logical names of a parameter's dims, with "layers" in front where it is stacked."""
+    names: Names = variable.get_metadata()["names"]
+    return ("layers",) * (len(variable.shape) - len(names)) + names
+
+
+class Norm(nnx.Module):
+    """RMSNorm (arXiv:1910.07467, eq. 4) or LayerNorm (arXiv:1607.06450), computed in float32."""
+
+    def __init__(self, config: ModelConfig, dim: int, name: str | None = "act_embed"):
+        self.is_layer, self.eps, self.offset = config.norm == "layer", config.norm_eps, float(config.norm_zero_centered)
+        self.scale = constant(1.0 - self.offset, (dim,), (None,))
+        self.bias = constant(0.0, (dim,), (None,)) if self.is_layer else nnx.data(None)
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        y = x.astype(jnp.float32)
+        if self.bias is not None:
+            y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        y = y * _row(self.scale[...] + self.offset, y)
+        if self.bias is not None:
+            y = y + _row(self.bias[...], y)
+        return y.astype(x.dtype)
+
+
+def _row(w: Float[Array, "D"], x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """`w` with leading dims of size 1, to meet `x` without implicit rank promotion."""
+    return w.astype(x.dtype).reshape((1,) * (x.ndim - w.ndim) + w.shape)
+
+
+def add_bias(x: Float[Array, "..."], bias: nnx.Param | None) -> Float[Array, "..."]:
+    """x + bias over the last dims, or x where there is no bias."""
+    return x if bias is None else x + _row(bias[...], x)
+
+
+class Rope(NamedTuple):
+    """Cosines and sines of rotary angles (arXiv:2104.09864, eq. 34), half-split pairs: dim h turns with h + H/2."""
+
+    cos: Float[Array, "B T 1 H/2"]
+    sin: Float[Array, "B T 1 H/2"]
+
+    def turn(self, x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
+        """Rotate each pair of `x` by its position's angle."""
+        first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+        turned = (first * self.cos - second * self.sin, second * self.cos + first * self.sin)
+        return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def rope(positions: Int[Array, "B T"], head_dim: int, theta: float, scaling: RopeScaling) -> Rope:
+    """Angles at `positions`: theta**(-2h/H) turns a token, stretched by `scaling`."""
+    frequencies, magnitude = rope_frequencies(head_dim, theta, scaling)
+    angles = positions[..., None, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)[None, None, None]
+    return Rope(jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude)
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> tuple[list[float], float]:
+    """Radians a token for each of the H/2 pairs, and the factor on cos and sin.
+
+    linear: Chen et al. arXiv:2306.15595; llama3: Llama 3.1's release; yarn: arXiv:2309.00071, sections 3.2 and 3.4.
+    """
+    plain = [theta ** (-2 * h / head_dim) for h in range(head_dim // 2)]
+    if scaling.kind == "linear":
+        return [f / scaling.factor for f in plain], 1.0
+    if scaling.kind == "llama3":
+        return [_llama3(f, scaling) for f in plain], 1.0
+    if scaling.kind == "yarn":
+        magnitude = scaling.attention_factor
+        magnitude = 0.1 * math.log(scaling.factor) + 1.0 if magnitude is None else magnitude
+        return _yarn(plain, head_dim, theta, scaling), magnitude
+    return plain, 1.0
+
+
+def _llama3(frequency: float, scaling: RopeScaling) -> float:
+    turns = scaling.original_length * frequency / (2 * math.pi)
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    kept = min(max((turns - low) / (high - low), 0.0), 1.0)
+    return kept * frequency + (1 - kept) * frequency / scaling.factor
+
+
+def _yarn(plain: list[float], head_dim: int, theta: float, scaling: RopeScaling) -> list[float]:
+    def pair(turns: float) -> float:
+        """The pair that makes this many turns over the trained length."""
+        return head_dim * math.log(scaling.original_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(pair(scaling.beta_fast)), 0)
+    high = max(min(math.ceil(pair(scaling.beta_slow)), head_dim - 1), low + 0.001)
+    stretched = [min(max((h - low) / (high - low), 0.0), 1.0) for h in range(len(plain))]
+    return [f * (1 - s) + f / scaling.factor * s for f, s in zip(plain, stretched, strict=True)]
+
+
+class Embedding(nnx.Module):
+    """Token table [V, D], also the unembedding where the two are tied; learned positions [S, D] for GPT-2."""
+
+    def __init__(self, config: ModelConfig, key: Key):
+        token_key, position_key = jax.random.split(key)
+        V, D = config.vocab_size, config.embed_dim
+        self.scale = D**0.5 if config.embed_scale else 1.0
+        self.dtype = jnp.dtype(config.compute_dtype)
+        self.tokens = matrix(token_key, (V, D), ("vocab", "embed"), fan_in=D)
+        self.positions = nnx.data(None)
+        if config.positions == "learned":
+            self.positions = matrix(position_key, (config.max_length, D), (None, "embed"), fan_in=D)
+
+    def __call__(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        x = jnp.take(self.tokens[...], tokens, axis=0).astype(self.dtype)
+        x = x * jnp.asarray(self.scale, self.dtype)
+        if self.positions is not None:
+            x = x + jnp.take(self.positions[...], positions, axis=0, mode="clip").astype(self.dtype)
+        return place(x, ("batch", "seq", "act_embed"))
+
+
+def _relu_squared(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    return jnp.square(jax.nn.relu(x))
+
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu_squared": _relu_squared,
+}
+
+
+class FeedForward(nnx.Module):
+    """down(act(gate(x)) * up(x)), the gated FFN of arXiv:2002.05202; without a gate, down(act(up(x)))."""
+
+    def __init__(self, config: ModelConfig, key: Key):
+        up, gate, down = jax.random.split(key, 3)
+        D, F = config.embed_dim, config.ffn_dim
+        self.act, names = config.activation, ("embed", "ffn")
+        self.up = matrix(up, (D, F), names, fan_in=D, scale=config.init_scale)
+        self.gate = matrix(gate, (D, F), names, fan_in=D, scale=config.init_scale) if config.gated else nnx.data(None)
+        depth_scale = config.init_scale * (2 * config.num_layers) ** -0.5
+        self.down = matrix(down, (F, D), ("ffn", "embed"), fan_in=F, scale=depth_scale)
+        self.up_bias = constant(0.0, (F,), ("ffn",)) if config.ffn_bias else nnx.data(None)
+        self.down_bias = constant(0.0, (D,), (None,)) if config.ffn_bias else nnx.data(None)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        names = ("batch", "seq", "act_ffn")
+        h = add_bias(einsum("BTD,DF->BTF", x, self.up[...], out=names), self.up_bias)
+        if self.gate is None:
+            h = ACTIVATIONS[self.act](h)
+        else:
+            h = ACTIVATIONS[self.act](einsum("BTD,DF->BTF", x, self.gate[...], out=names)) * h
+        y = einsum("BTF,FD->BTD", h, self.down[...], out=("batch", "seq", "act_embed"))  # all-reduce over tensor
+        return add_bias(y, self.down_bias)

@@ -1,0 +1,95 @@
+"""What a query can look back at: the batch itself (Packed) or a cache (Dense). One method, `attend`; knows no weights."""
+
+import dataclasses
+from typing import NamedTuple, Protocol, Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from model.config import ModelConfig
+from ops import reference
+from parallel.sharding import place
+
+CACHE_NAMES = ("batch", None, "act_heads", None)
+
+
+class Queries(NamedTuple):
+    """Where the tokens being computed stand."""
+
+    positions: Int[Array, "B T"]  # in their document, from 0
+    segments: Int[Array, "B T"]  # which document of the row, from 1; 0 is padding
+
+
+class Rule(NamedTuple):
+    """How attention logits are made."""
+
+    scale: float  # multiplies q·k
+    softcap: float | None  # cap * tanh(logits / cap)
+    window: Int[Array, ""] | int | None  # tokens seen, the query's own included
+
+
+class Memory(Protocol):
+    """Anything that attention can read and extend."""
+
+    def attend(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        queries: Queries,
+        rule: Rule,
+    ) -> tuple[Float[Array, "B T N H"], Self]:
+        """Remember `k` and `v`, let `q` look at what it may see; -> out, the memory after."""
+        ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Training's memory: the keys are the batch itself, documents apart by segment. Holds nothing."""
+
+    def attend(self, q, k, v, queries: Queries, rule: Rule):
+        """Causal attention inside each document of a row."""
+        positions, segments = queries
+        mask = reference.visible(positions, positions, segments, segments, window=rule.window)
+        return reference.attention(q, k, v, mask, scale=rule.scale, softcap=rule.softcap), self
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """A cache of S slots per sequence; the key of position p stands in slot p.
+
+    A slot past a sequence's end may hold anything: it is written before its position is reached.
+    """
+
+    k: Float[Array, "B S K H"]
+    v: Float[Array, "B S K H"]
+
+    def attend(self, q, k, v, queries: Queries, rule: Rule):
+        """Write T consecutive tokens from each sequence's first position on, then look at all slots up to each query."""
+        start = queries.positions[:, 0]
+        after = Dense(place(_write(self.k, k, start), CACHE_NAMES), place(_write(self.v, v, start), CACHE_NAMES))
+        B, S, *_ = self.k.shape
+        slots = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32)[None], (B, S))
+        seen, own = jnp.ones((B, S), jnp.int32), jnp.ones_like(queries.positions)
+        mask = reference.visible(queries.positions, slots, own, seen, window=rule.window)
+        return reference.attention(q, after.k, after.v, mask, scale=rule.scale, softcap=rule.softcap), after
+
+
+def _write(cache: Float[Array, "B S K H"], new: Float[Array, "B T K H"], start: Int[Array, "B"]):
+    def one(row, fresh, at):
+        return jax.lax.dynamic_update_slice(row, fresh.astype(row.dtype), (at, jnp.int32(0), jnp.int32(0)))
+
+    return jax.vmap(one)(cache, new, start)
+
+
+def dense_cache(config: ModelConfig, batch: int, slots: int) -> "Dense | tuple[Dense, ...]":
+    """Empty cache for every layer: stacked [L, ...] where layers are scanned, else one Dense a layer."""
+    shape = (batch, slots, config.num_kv_heads, config.head_dim)
+    dtype = jnp.dtype(config.compute_dtype)
+    if config.scan_layers:
+        shape = (config.num_layers, *shape)
+        return Dense(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    return tuple(Dense(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers))

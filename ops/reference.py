@@ -1,0 +1,41 @@
+"""The slow truth in plain jnp: what every fast kernel must equal. Knows no mesh."""
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Bool, Float, Int
+
+
+def visible(
+    query_positions: Int[Array, "B T"],
+    key_positions: Int[Array, "B S"],
+    query_segments: Int[Array, "B T"],
+    key_segments: Int[Array, "B S"],
+    *,
+    window: Int[Array, ""] | int | None,
+) -> Bool[Array, "B T S"]:
+    """Which keys each query sees: its own document, not later than itself, at most `window` tokens back."""
+    distance = query_positions[:, :, None] - key_positions[:, None, :]
+    mask = (distance >= 0) & (query_segments[:, :, None] == key_segments[:, None, :])
+    return mask if window is None else mask & (distance < window)
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Bool[Array, "B T S"],
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> Float[Array, "B T N H"]:
+    """Grouped-query attention (arXiv:2305.13245), softmax in float32; a query that sees nothing returns the mean."""
+    *_, K, H = k.shape
+    q_BTKGH = rearrange(q, "B T (K G) H -> B T K G H", K=K)
+    logits = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k, preferred_element_type=jnp.float32) * scale
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    logits = jnp.where(mask[:, None, None], logits, -1e30)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v)
+    return rearrange(out, "B T K G H -> B T (K G) H")
