@@ -1,16 +1,19 @@
-"""A run is a value: RunConfig joins the records of every room. Imports no jax, so that a wrong key is refused at once."""
+"""A run is a value: RunConfig joins the records of every room and checks what only their sum can show. Imports no jax."""
 
 import dataclasses
+import math
+import re
 
 from data.config import DataConfig
 from model.config import ModelConfig
 from parallel.config import AxisRules, MeshConfig
+from parallel.records import nearest
 from training.config import OptimConfig, TrainConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything that decides a run."""
+    """Everything that decides a run. JSON, comparison and overrides: parallel/records.py, configs/overrides.py."""
 
     name: str  # the run's folder is out/name
     out: str = "runs"  # folder of runs
@@ -21,3 +24,88 @@ class RunConfig:
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig
+
+    def __post_init__(self):
+        check_name(self.name)
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must be at least 0")
+        check_lengths(self.model, self.optim, self.train)
+        check_rules(self.rules, self.mesh)
+        check_splits(self, {axis: max(size, 1) for axis, size in dataclasses.asdict(self.mesh).items()})
+
+    def check_devices(self, num_devices: int) -> None:
+        """Raise ValueError where the mesh does not come out on so many devices, or splits a dimension unevenly."""
+        check_splits(self, self.mesh.sizes(num_devices))
+
+
+def check_name(name: str) -> None:
+    """A run's name is one folder's name."""
+    if not re.fullmatch(r"[\w][\w.+=-]*", name):
+        raise ValueError(
+            f"name={name!r} must be one folder's name (letters, digits and . + = - _); out=DIR moves the runs folder"
+        )
+
+
+def check_lengths(model: ModelConfig, optim: OptimConfig, train: TrainConfig) -> None:
+    """Sequences fit the model, micro-batches the batch, warm-up the run."""
+    if train.seq_len > model.max_length:
+        raise ValueError(
+            f"train.seq_len={train.seq_len} is longer than model.max_length={model.max_length}; "
+            "shorten the sequences or raise model.max_length"
+        )
+    if train.batch_size % train.accumulate:
+        raise ValueError(
+            f"train.batch_size={train.batch_size} is not a multiple of train.accumulate={train.accumulate}; "
+            "the batch is computed in that many equal parts"
+        )
+    if optim.warmup_steps > train.steps:
+        raise ValueError(
+            f"optim.warmup_steps={optim.warmup_steps} is more than train.steps={train.steps}; "
+            f"lower it to at most {train.steps} or train longer"
+        )
+
+
+def check_rules(rules: AxisRules, mesh: MeshConfig) -> None:
+    """Every rule names axes of the mesh, each once."""
+    axes = dataclasses.asdict(mesh)
+    for name, rule in dataclasses.asdict(rules).items():
+        split = axes_of(rule)
+        for axis in split:
+            if axis not in axes:
+                raise ValueError(
+                    f"rules.{name}={axis} is no mesh axis; they are {', '.join(axes)}{nearest(axis, axes)}"
+                )
+        if len(set(split)) < len(split):
+            raise ValueError(f"rules.{name}={','.join(split)} names a mesh axis twice; an axis splits a dimension once")
+
+
+def axes_of(rule) -> tuple[str, ...]:
+    """A rule's mesh axes: `None` is (), `"tensor"` is ("tensor",)."""
+    return (rule,) if isinstance(rule, str) else tuple(rule or ())
+
+
+def check_splits(run: RunConfig, sizes: dict[str, int]) -> None:
+    """Every dimension is a multiple of the product of the mesh axes that split it; `sizes` has 1 for an unknown axis."""
+    for name, rule in dataclasses.asdict(run.rules).items():
+        parts = math.prod(sizes[axis] for axis in axes_of(rule))
+        for dim, size in split_dims(run.model, run.train).get(name.removeprefix("act_"), {}).items():
+            if size % parts:
+                shape = " x ".join(f"mesh.{axis}={sizes[axis]}" for axis in axes_of(rule))
+                raise ValueError(
+                    f"{dim}={size} is not a multiple of {parts} ({shape}, which split it by rules.{name}); "
+                    "change one of them so that every device has an equal part"
+                )
+
+
+def split_dims(model: ModelConfig, train: TrainConfig) -> dict[str, dict[str, int]]:
+    """The sizes behind each logical name. A vocabulary of 0 is not known yet, and a multiple of anything."""
+    return {
+        "batch": {"train.batch_size / train.accumulate": train.batch_size // train.accumulate},
+        "seq": {"train.seq_len": train.seq_len},
+        "embed": {"model.embed_dim": model.embed_dim},
+        "heads": {"model.num_heads": model.num_heads, "model.num_kv_heads": model.num_kv_heads},
+        "head": {"model.head_dim": model.head_dim},
+        "ffn": {"model.ffn_dim": model.ffn_dim},
+        "vocab": {"model.vocab_size": model.vocab_size},
+        "layers": {"model.num_layers": model.num_layers},
+    }

@@ -1,0 +1,38 @@
+"""A small decoder learns to write Python from the standard library's own sources, on a laptop.
+
+    uv run train.py
+
+The text is on every machine that has Python, so nothing is downloaded. Another text: `data.path=FILE_OR_FOLDER`.
+"""
+
+from configs.base import RunConfig
+from data.config import DataConfig
+from model.config import ModelConfig
+from training.config import OptimConfig, TrainConfig
+
+run = RunConfig(
+    name="quickstart",
+    model=ModelConfig(
+        embed_dim=192,
+        num_layers=4,
+        num_heads=6,
+        num_kv_heads=6,
+        head_dim=32,
+        ffn_dim=512,
+        max_length=256,
+        rope_theta=10_000.0,
+        norm_eps=1e-6,
+        qk_norm=True,
+    ),
+    data=DataConfig(tokenizer="bpe", bpe_vocab=2048),
+    optim=OptimConfig(name="muon", peak_lr=0.02, schedule="wsd", warmup_steps=20, weight_decay=0.0),
+    train=TrainConfig(
+        steps=400,
+        batch_size=16,
+        seq_len=256,
+        eval_every=100,
+        eval_batches=8,
+        save_every=200,
+        sample_prompt="def ",
+    ),
+)
