@@ -24,13 +24,13 @@ class RopeScaling:
 class ModelConfig:
     """Shape of a decoder. Single letters are the alphabet in docs/notation.md."""
 
-    vocab_size: int = 0  # V; 0 takes the tokenizer's, rounded up to a multiple of 64
-    embed_dim: int  # D
-    num_layers: int  # L
-    num_heads: int  # N
-    num_kv_heads: int  # K
-    head_dim: int  # H
-    ffn_dim: int  # F
+    vocab_size: int = 0  # V, tokens; 0 takes the tokenizer's, rounded up to a multiple of 64
+    embed_dim: int  # D, model width
+    num_layers: int  # L, layers
+    num_heads: int  # N, query heads
+    num_kv_heads: int  # K, key-value heads, each shared by N/K query heads
+    head_dim: int  # H, width of one head
+    ffn_dim: int  # F, width inside the FFN
     max_length: int  # longest sequence in tokens
     layers: tuple[LayerKind, ...] = ("global",)  # kind of each layer, tiled over L
     window: int | None = None  # tokens that a window layer sees, its own included

@@ -1,0 +1,61 @@
+"""A decoder's parameters as a plain tree: shapes, then shardings, then arrays. Knows no files and no optimizer."""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from model.config import ModelConfig
+from model.decoder import Decoder
+from model.layers import names_of
+from parallel.config import AxisRules
+from parallel.sharding import sharding, use
+
+Parameters = dict[str, Any]  # nested; leaves are arrays
+
+
+class Abstract(NamedTuple):
+    """A decoder without its numbers."""
+
+    graphdef: nnx.GraphDef
+    shapes: Parameters  # leaves are jax.ShapeDtypeStruct
+    names: Parameters  # leaves are tuples of logical names
+
+
+@functools.cache
+def abstract(config: ModelConfig) -> Abstract:
+    """Structure, shapes and logical names of a decoder; computes nothing."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, jax.random.key(0))))
+    names = jax.tree.map(names_of, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    return Abstract(graphdef, nnx.to_pure_dict(state), nnx.to_pure_dict(names))
+
+
+def decoder(config: ModelConfig, parameters: Parameters) -> Decoder:
+    """The decoder with these parameters; cheap, meant for the inside of a jitted function."""
+    return nnx.merge(abstract(config).graphdef, parameters)
+
+
+def shardings(config: ModelConfig, mesh: Mesh, rules: AxisRules) -> Parameters:
+    """NamedSharding of every parameter; raises ValueError where the mesh does not divide one."""
+    _, shapes, names = abstract(config)
+    return jax.tree.map(lambda leaf, name: sharding(name, leaf.shape, mesh, rules), shapes, names)
+
+
+def unrolled(config: ModelConfig, parameters: Parameters) -> tuple[ModelConfig, Parameters]:
+    """The same decoder with layers apart instead of stacked, which decoding wants: no slicing of weights a step."""
+    if not config.scan_layers:
+        return config, parameters
+    layers = {l: jax.tree.map(lambda w, l=l: w[l], parameters["layers"]) for l in range(config.num_layers)}
+    return dataclasses.replace(config, scan_layers=False), {**parameters, "layers": layers}
+
+
+def initialize(config: ModelConfig, mesh: Mesh, rules: AxisRules, *, key: jax.Array) -> Parameters:
+    """Initial parameters, created where they stay; the same numbers on every mesh."""
+    make = jax.jit(
+        lambda key: nnx.to_pure_dict(nnx.state(Decoder(config, key))), out_shardings=shardings(config, mesh, rules)
+    )
+    with use(mesh, rules):
+        return make(key)
