@@ -1,4 +1,7 @@
-"""A run is a value: RunConfig joins the records of every room and checks what only their sum can show. Imports no jax."""
+"""A run is a value: RunConfig joins the records of every room and checks what only their sum shows. Imports no jax.
+
+Overrides are in configs/overrides.py; JSON, back and comparison in parallel/records.py, which knows every record.
+"""
 
 import dataclasses
 import math
@@ -13,7 +16,7 @@ from training.config import OptimConfig, TrainConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything that decides a run. JSON, comparison and overrides: parallel/records.py, configs/overrides.py."""
+    """Everything that decides a run."""
 
     name: str  # the run's folder is out/name
     out: str = "runs"  # folder of runs
@@ -85,14 +88,14 @@ def axes_of(rule) -> tuple[str, ...]:
 
 
 def check_splits(run: RunConfig, sizes: dict[str, int]) -> None:
-    """Every dimension is a multiple of the product of the mesh axes that split it; `sizes` has 1 for an unknown axis."""
+    """Every dimension is a multiple of the product of the mesh axes that split it (an unknown axis has size 1)."""
     for name, rule in dataclasses.asdict(run.rules).items():
         parts = math.prod(sizes[axis] for axis in axes_of(rule))
         for dim, size in split_dims(run.model, run.train).get(name.removeprefix("act_"), {}).items():
             if size % parts:
                 shape = " x ".join(f"mesh.{axis}={sizes[axis]}" for axis in axes_of(rule))
                 raise ValueError(
-                    f"{dim}={size} is not a multiple of {parts} ({shape}, which split it by rules.{name}); "
+                    f"{dim}={size} does not divide over {shape} (rules.{name}): {size} is not a multiple of {parts}; "
                     "change one of them so that every device has an equal part"
                 )
 

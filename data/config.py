@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from parallel.records import require
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceConfig:
@@ -12,6 +14,9 @@ class SourceConfig:
     weight: float = 1.0  # share of documents drawn from it, relative to the other sources
     field: str = "text"  # which key or column holds the text (jsonl, parquet, hf)
     split: str = "train"  # which split (hf)
+
+    def __post_init__(self):
+        require(self, "data.mixture", "weight", low=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,3 +39,8 @@ class DataConfig:
     prefetch: int = 4  # batches made ahead of the step
     workers: int = 0  # loader processes; 0 loads in threads of this one
     cache_dir: str = ""  # tokenised text is kept here; empty means the user's cache folder
+
+    def __post_init__(self):
+        require(self, "data", "valid_fraction near_threshold max_symbol_ratio max_repeat_ratio", low=0, high=1)
+        require(self, "data", "bpe_vocab prefetch", low=1)
+        require(self, "data", "min_chars workers", low=0)

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from parallel.records import require
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
@@ -22,6 +24,11 @@ class OptimConfig:
     clip_norm: float = 1.0  # global gradient norm is clipped to this; 0 turns clipping off
     ema_decay: float = 0.0  # decay of an exponential moving average of the parameters; 0 keeps none
 
+    def __post_init__(self):
+        require(self, "optim", "peak_lr warmup_steps weight_decay eps adam_lr_ratio clip_norm", low=0)
+        require(self, "optim", "decay_fraction final_lr_ratio", low=0, high=1)
+        require(self, "optim", "b1 b2 ema_decay", low=0, high=0.999999)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -40,3 +47,8 @@ class TrainConfig:
     max_skipped: int = 10  # the run stops after this many non-finite steps in a row
     sample_prompt: str = "\n"  # text continued at each evaluation
     sample_tokens: int = 100  # tokens sampled at each evaluation; 0 samples none
+
+    def __post_init__(self):
+        counts = "steps batch_size seq_len accumulate loss_chunk eval_every save_every keep max_skipped"
+        require(self, "train", counts, low=1)
+        require(self, "train", "z_loss eval_batches sample_tokens", low=0)

@@ -1,0 +1,43 @@
+"""Train a language model: `train.py [CONFIG] [key=value …]`. The door: it reads the command line and starts the loop.
+
+Nothing heavy is imported before the run is resolved, so `--help` and every config error answer at once.
+"""
+
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from configs.commandline import resolve
+from configs.help import help_text
+
+DEFAULT = pathlib.Path(__file__).parent / "configs" / "quickstart.py"
+HELP = {"-h", "--help"}
+USAGE = """\
+usage: train.py [CONFIG] [key=value ...]
+
+CONFIG is a Python file with run = RunConfig(...); without one it is configs/quickstart.py.
+Settings are checked against the types below:   train.py configs/tiny.py name=first train.steps=20 optim.peak_lr=1e-3
+The values below are those of CONFIG with the settings applied; a,b is a list, none is nothing.
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command line; the exit status is 0 when done, 2 after an error that the user can mend."""
+    try:
+        run = resolve([word for word in arguments if word not in HELP], DEFAULT)
+        if HELP & set(arguments):
+            print(USAGE, help_text(run), sep="\n")
+            return 0
+        import training.loop
+
+        training.loop.train(run)
+    except (ValueError, OSError) as error:
+        if sys.flags.dev_mode:  # python -X dev train.py … shows where
+            raise
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
