@@ -75,7 +75,7 @@ def to_dict(record) -> Any:
     return [to_dict(item) for item in record] if isinstance(record, tuple) else record
 
 
-def from_dict(cls, values: dict, section: str = "") -> Any:
+def from_dict(cls, values: Any, section: str = "") -> Any:
     """The record of type `cls` that `to_dict` made these values from. Every value is checked against its annotation."""
     hints = typing.get_type_hints(cls)
     if not isinstance(values, dict):
@@ -116,10 +116,12 @@ def difference(old, new) -> dict[str, tuple[Any, Any]]:
     return {was.path: (was.value, now.value) for was, now in pairs if was.value != now.value}
 
 
-def require(record, section: str, names: str, *, low: float, high: float = math.inf) -> None:
+def require(record, section: str, names: str, *, low: int | float, high: int | float = math.inf) -> None:
     """Raise ValueError where one of the record's named values lies outside low…high."""
     for name in names.split():
         value = getattr(record, name)
+        if not isinstance(value, int | float):
+            raise ValueError(f"{section}.{name}={value!r} must be a number")
         if not low <= value <= high:
             bound = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
             raise ValueError(f"{section}.{name}={value} must be {bound}")
