@@ -7,8 +7,10 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
+from configs.base import RunConfig
 from configs.commandline import resolve
 from configs.help import help_text
+from parallel.records import to_dict
 
 DEFAULT = pathlib.Path(__file__).parent / "configs" / "quickstart.py"
 HELP = {"-h", "--help"}
@@ -28,15 +30,33 @@ def main(arguments: Sequence[str]) -> int:
         if HELP & set(arguments):
             print(USAGE, help_text(run), sep="\n")
             return 0
-        import training.loop
-
-        training.loop.train(run)
+        return start(run)
     except (ValueError, OSError) as error:
         if sys.flags.dev_mode:  # python -X dev train.py … shows where
             raise
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
-    return 0
+
+
+def start(run: RunConfig) -> int:
+    """Take the run apart and hand the loop its pieces; only from here on is anything heavy imported."""
+    import jax
+
+    import training.loop
+
+    run.check_devices(jax.device_count())
+    return training.loop.train(
+        pathlib.Path(run.out) / run.name,
+        config=to_dict(run),
+        seed=run.seed,
+        model=run.model,
+        mesh=run.mesh,
+        rules=run.rules,
+        data=run.data,
+        optim=run.optim,
+        schedule=run.train,
+        sample=None,
+    )
 
 
 if __name__ == "__main__":

@@ -110,10 +110,21 @@ def checked(annotation, value, path: str) -> Any:
     raise ValueError(f"{path}={value!r} must be {describe(annotation)}")
 
 
-def difference(old, new) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys on which two records of one type differ, with both values: `{"train.steps": (100, 200)}`."""
-    pairs = zip(keys(old), keys(new), strict=True)
-    return {was.path: (was.value, now.value) for was, now in pairs if was.value != now.value}
+def difference(old: dict, new: dict) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys on which two `to_dict` values differ, with both values (None where absent).
+
+    {"seed": 0, "train": {"steps": 100}}, {"seed": 0, "train": {"steps": 200}}  ->  {"train.steps": (100, 200)}
+    """
+    was, now = flatten(old), flatten(new)
+    return {path: (was.get(path), now.get(path)) for path in {**was, **now} if was.get(path) != now.get(path)}
+
+
+def flatten(values: dict, section: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one with dotted keys."""
+    flat = {}
+    for name, value in values.items():
+        flat |= flatten(value, f"{section}{name}.") if isinstance(value, dict) else {section + name: value}
+    return flat
 
 
 def require(record, section: str, names: str, *, low: int | float, high: int | float = math.inf) -> None:

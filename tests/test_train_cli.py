@@ -1,5 +1,6 @@
 """The training door: what it prints, its exit status, and that neither help nor errors wait for jax."""
 
+import dataclasses
 import pathlib
 import subprocess
 import sys
@@ -9,7 +10,9 @@ import pytest
 
 import train
 import training
+from configs.base import RunConfig
 from configs.tiny import run
+from parallel.records import from_dict
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = str(ROOT / "configs" / "tiny.py")
@@ -22,8 +25,8 @@ def door(*arguments: str, cwd: pathlib.Path) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def loop(monkeypatch):
-    """A training loop that only remembers the run it was given."""
-    fake = types.SimpleNamespace(runs=[], train=lambda run: fake.runs.append(run))
+    """A training loop that only remembers what it was given."""
+    fake = types.SimpleNamespace(calls=[], train=lambda folder, **pieces: fake.calls.append((folder, pieces)) or 0)
     monkeypatch.setitem(sys.modules, "training.loop", fake)
     monkeypatch.setattr(training, "loop", fake, raising=False)
     return fake
@@ -67,16 +70,30 @@ def test_help_and_errors_do_not_import_jax(argument):
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
 
 
-def test_the_loop_gets_the_resolved_run(loop):
-    assert train.main([TINY]) == 0
-    assert train.main([TINY, "seed=5"]) == 0
-    assert loop.runs[0] == run
-    assert loop.runs[1].seed == 5
+def test_the_loop_gets_the_pieces_of_the_resolved_run(loop):
+    assert train.main([TINY, "seed=5", "out=here"]) == 0
+    ((folder, pieces),) = loop.calls
+    assert folder == pathlib.Path("here/tiny")
+    assert from_dict(RunConfig, pieces["config"]) == dataclasses.replace(run, seed=5, out="here")
+    assert pieces["seed"] == 5
+    assert pieces["schedule"] == run.train
+    assert all(pieces[name] == getattr(run, name) for name in ("model", "mesh", "rules", "data", "optim"))
+
+
+def test_the_loops_exit_status_is_the_doors(loop):
+    loop.train = lambda folder, **pieces: 3
+    assert train.main([TINY]) == 3
+
+
+def test_a_mesh_that_does_not_fit_the_devices_is_refused_before_the_loop(loop, capsys):
+    assert train.main([TINY, "mesh.data=16", "train.batch_size=16"]) == 2
+    assert "asks for 16 devices but 8 are here" in capsys.readouterr().err
+    assert loop.calls == []
 
 
 @pytest.mark.parametrize("error", [ValueError("mesh\n  too large"), OSError("mesh too large")])
 def test_what_the_loop_refuses_is_one_line(loop, capsys, error):
-    def refuse(run):
+    def refuse(folder, **pieces):
         raise error
 
     loop.train = refuse
@@ -85,7 +102,7 @@ def test_what_the_loop_refuses_is_one_line(loop, capsys, error):
 
 
 def test_our_own_mistakes_keep_their_traceback(loop):
-    def fail(run):
+    def fail(folder, **pieces):
         raise AssertionError("ours")
 
     loop.train = fail

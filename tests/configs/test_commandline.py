@@ -1,3 +1,4 @@
+import dataclasses
 import pathlib
 import subprocess
 import sys
@@ -6,7 +7,6 @@ import pytest
 
 from configs.commandline import load, resolve
 from configs.tiny import run
-from parallel.records import difference
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 TINY = CONFIGS / "tiny.py"
@@ -15,7 +15,8 @@ TINY = CONFIGS / "tiny.py"
 def test_config_and_settings_come_in_any_order():
     default = CONFIGS / "quickstart.py"
     assert resolve([], TINY) == run
-    assert difference(run, resolve(["seed=3", str(TINY), "name=b"], default)) == {"name": ("tiny", "b"), "seed": (0, 3)}
+    changed = resolve(["seed=3", str(TINY), "name=b"], default)
+    assert changed == dataclasses.replace(run, name="b", seed=3)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ import pytest
 
 from configs.overrides import override
 from configs.tiny import run
-from parallel.records import difference, keys
+from parallel.records import difference, keys, to_dict
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ from parallel.records import difference, keys
 )
 def test_a_setting_changes_its_key_and_no_other(setting, path, value):
     changed = override(run, [setting])
-    assert list(difference(run, changed)) == [path]
+    assert list(difference(to_dict(run), to_dict(changed))) == [path]
     (now,) = [key.value for key in keys(changed) if key.path == path]
     assert now == value
     assert type(now) is type(value)

@@ -65,8 +65,12 @@ def test_keys_are_dotted_and_in_source_order():
 
 def test_difference_names_what_changed():
     other = dataclasses.replace(SAMPLE, steps=4, inner=Inner(rate=1 / 3, kind="a"))
-    assert difference(SAMPLE, other) == {"steps": (3, 4), "inner.kind": ("b", "a")}
-    assert difference(SAMPLE, SAMPLE) == {}
+    assert difference(to_dict(SAMPLE), to_dict(other)) == {"steps": (3, 4), "inner.kind": ("b", "a")}
+    assert difference(to_dict(SAMPLE), json.loads(json.dumps(to_dict(SAMPLE)))) == {}
+
+
+def test_difference_shows_a_key_that_only_one_has():
+    assert difference({"a": {"b": 1}}, {"c": 2}) == {"a.b": (1, None), "c": (None, 2)}
 
 
 def test_whole_numbers_become_floats_where_a_float_is_asked():
