@@ -1,0 +1,47 @@
+"""Compiled programs kept on disk between processes, in the user's cache folder. Knows no program."""
+
+import hashlib
+import os
+import pathlib
+import platform
+
+import jax
+
+LIMIT = 2 * 2**30  # bytes; the least recently used programs go first
+
+
+def cache_compilations(folder: pathlib.Path | None = None) -> pathlib.Path | None:
+    """Keep every compiled program in `folder` (by default the user's cache folder) and find it there next time.
+
+    -> the folder, or None where it cannot be written: then everything works as before, only slower to start.
+    A folder that the user gave to jax itself (JAX_COMPILATION_CACHE_DIR) is left as it is.
+    """
+    if jax.config.jax_compilation_cache_dir:
+        return pathlib.Path(jax.config.jax_compilation_cache_dir)
+    folder = (folder or default_folder()) / machine()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    if not os.access(folder, os.W_OK):
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", LIMIT)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return folder
+
+
+def default_folder() -> pathlib.Path:
+    """`meshlight/xla` in $XDG_CACHE_HOME, which is ~/.cache where it is not set."""
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "meshlight" / "xla"
+
+
+def machine() -> str:
+    """A name for this kind of processor: a home folder may be shared by machines that cannot run each other's code."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    told = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    return f"{platform.machine()}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
