@@ -128,7 +128,8 @@ class Embedding(nnx.Module):
             self.positions = matrix(position_key, (config.max_length, D), (None, "embed"), fan_in=D)
 
     def __call__(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        x = jnp.take(self.tokens[...], tokens, axis=0).astype(self.dtype)
+        table = place(self.tokens[...].astype(self.dtype), ("vocab", None))  # all-gather over fsdp, before the look-up
+        x = jnp.take(table, tokens, axis=0)
         x = x * jnp.asarray(self.scale, self.dtype)
         if self.positions is not None:
             x = x + jnp.take(self.positions[...], positions, axis=0, mode="clip").astype(self.dtype)

@@ -1,4 +1,4 @@
-"""What a query can look back at: the batch itself (Packed) or a cache (Dense). One method, `attend`; knows no weights."""
+"""What a query can look back at: the batch itself (Packed) or a cache (Dense). One method; knows no weights."""
 
 import dataclasses
 from typing import NamedTuple, Protocol, Self
@@ -68,7 +68,7 @@ class Dense:
     v: Float[Array, "B S K H"]
 
     def attend(self, q, k, v, queries: Queries, rule: Rule):
-        """Write T consecutive tokens from each sequence's first position on, then look at all slots up to each query."""
+        """Write T consecutive tokens from each row's first position on, then look at all slots up to each query."""
         start = queries.positions[:, 0]
         after = Dense(place(_write(self.k, k, start), CACHE_NAMES), place(_write(self.v, v, start), CACHE_NAMES))
         B, S, *_ = self.k.shape

@@ -54,8 +54,9 @@ def unrolled(config: ModelConfig, parameters: Parameters) -> tuple[ModelConfig, 
 
 def initialize(config: ModelConfig, mesh: Mesh, rules: AxisRules, *, key: jax.Array) -> Parameters:
     """Initial parameters, created where they stay; the same numbers on every mesh."""
-    make = jax.jit(
-        lambda key: nnx.to_pure_dict(nnx.state(Decoder(config, key))), out_shardings=shardings(config, mesh, rules)
-    )
-    with use(mesh, rules):
-        return make(key)
+
+    def make(key: jax.Array) -> Parameters:
+        with use(mesh, rules):
+            return nnx.to_pure_dict(nnx.state(Decoder(config, key)))
+
+    return jax.jit(make, out_shardings=shardings(config, mesh, rules))(key)

@@ -30,7 +30,7 @@ def attention(
     softcap: float | None = None,
 ) -> Float[Array, "B T N H"]:
     """Grouped-query attention (arXiv:2305.13245), softmax in float32; a query that sees nothing returns the mean."""
-    *_, K, H = k.shape
+    *_, K, _ = k.shape
     q_BTKGH = rearrange(q, "B T (K G) H -> B T K G H", K=K)
     logits = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k, preferred_element_type=jnp.float32) * scale
     if softcap is not None:

@@ -1,6 +1,6 @@
 """Logical names to shardings: the one place where "heads" becomes a mesh axis. Knows no model.
 
-A layout (mesh and rules) is ambient, as jax's own mesh is: `with use(mesh, rules):` around tracing.
+A layout (mesh and rules) is ambient while a function is traced: `with use(mesh, rules):` inside the jitted function.
 """
 
 import contextlib
@@ -11,25 +11,24 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P  # noqa: N817
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from parallel.config import AxisRules, MeshAxes
 
 Names = tuple[str | None, ...]
 
-_RULES: contextvars.ContextVar[AxisRules] = contextvars.ContextVar("rules", default=AxisRules())
+_LAYOUT: contextvars.ContextVar[tuple[Mesh, AxisRules] | None] = contextvars.ContextVar("layout", default=None)
 
 
 @contextlib.contextmanager
 def use(mesh: Mesh, rules: AxisRules) -> Iterator[None]:
     """Make `mesh` and `rules` the layout of everything traced inside."""
-    token = _RULES.set(rules)
+    token = _LAYOUT.set((mesh, rules))
     try:
-        with jax.set_mesh(mesh):
-            yield
+        yield
     finally:
-        _RULES.reset(token)
+        _LAYOUT.reset(token)
 
 
 def _axes(bound: MeshAxes) -> tuple[str, ...]:
@@ -77,11 +76,12 @@ def sharding(names: Names, shape: tuple[int, ...], mesh: Mesh, rules: AxisRules)
 
 
 def place(x: Array, names: Names) -> Array:
-    """Constrain an activation to the ambient layout; on one device it is left alone."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    """Constrain an activation to the ambient layout; without one, or on one device, it is left alone."""
+    layout = _LAYOUT.get()
+    if layout is None or layout[0].size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(names, _RULES.get()))
+    mesh, rules = layout
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(names, rules)))
 
 
 def einsum(equation: str, x: Float[Array, "..."], w: Float[Array, "..."], *, out: Names) -> Float[Array, "..."]:

@@ -1,0 +1,91 @@
+"""Optimizers and schedules as optax values. Knows parameters by their logical names, not by their paths."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from parallel.sharding import Names
+from training.config import OptimConfig
+
+
+def learning_rate(config: OptimConfig, *, total_steps: int) -> optax.Schedule:
+    """Step -> learning rate: linear warm-up to peak_lr, then the named schedule down to final_lr_ratio of it."""
+    peak, warmup = config.peak_lr, config.warmup_steps
+    last, rest = peak * config.final_lr_ratio, max(total_steps - warmup, 1)
+    decay_steps = max(round(config.decay_fraction * total_steps), 1)
+    after = {
+        "cosine": optax.cosine_decay_schedule(peak, rest, alpha=config.final_lr_ratio),
+        "linear": optax.linear_schedule(peak, last, rest),
+        "wsd": optax.linear_schedule(peak, last, decay_steps, transition_begin=max(rest - decay_steps, 0)),
+        "constant": optax.constant_schedule(peak),
+    }[config.schedule]
+    return optax.join_schedules([optax.linear_schedule(peak / (warmup + 1), peak, warmup), after], [warmup])
+
+
+def is_matrix(names: Names) -> bool:
+    """Whether a parameter multiplies activations: decayed, and orthogonalised by Muon. Norms, biases, tables are not."""
+    inner = [name for name in names if name != "layers"]
+    return len(inner) > 1 and "embed" in inner and "vocab" not in inner and None not in inner
+
+
+def make_optimizer(config: OptimConfig, names: Any, *, total_steps: int) -> optax.GradientTransformation:
+    """Clip, then the named rule; `names` is the tree of logical names of the parameters."""
+    schedule = learning_rate(config, total_steps=total_steps)
+    is_names = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
+    decayed = jax.tree.map(is_matrix, names, is_leaf=is_names)
+    rule = RULES[config.name](config, schedule, decayed, jax.tree.map(_muon_dims, names, is_leaf=is_names))
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule) if config.clip_norm else rule
+
+
+def _muon_dims(names: Names) -> optax.contrib.MuonDimensionNumbers | None:
+    """Which dims of a matrix are summed over when it multiplies, and which come out; the rest are a batch."""
+    if not is_matrix(names):
+        return None
+    inner = tuple(dim for dim, name in enumerate(names) if name != "layers")
+    ins, outs = (inner[:1], inner[1:]) if names[inner[0]] == "embed" else (inner[:-1], inner[-1:])
+    return optax.contrib.MuonDimensionNumbers(ins, outs)
+
+
+def _adamw(config: OptimConfig, schedule: optax.Schedule, decayed, _) -> optax.GradientTransformation:
+    return optax.adamw(
+        schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=decayed
+    )
+
+
+def _adafactor(config: OptimConfig, schedule: optax.Schedule, decayed, _) -> optax.GradientTransformation:
+    """arXiv:1804.04235 with a given learning rate; decay is scaled by it as in the other rules."""
+    return optax.chain(
+        optax.scale_by_factored_rms(),
+        optax.clip_by_block_rms(1.0),
+        optax.add_decayed_weights(config.weight_decay, decayed),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def _lion(config: OptimConfig, schedule: optax.Schedule, decayed, _) -> optax.GradientTransformation:
+    return optax.lion(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=decayed)
+
+
+def _muon(config: OptimConfig, schedule: optax.Schedule, decayed, dims) -> optax.GradientTransformation:
+    """Muon on matrices, scaled to AdamW's typical update (arXiv:2502.16982, eq. 4); AdamW on the rest."""
+    return optax.contrib.muon(
+        schedule,
+        beta=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        adam_b1=config.b1,
+        adam_b2=config.b2,
+        adam_learning_rate=lambda step: schedule(step) * config.adam_lr_ratio,
+        muon_weight_dimension_numbers=dims,
+        consistent_rms=0.2,
+    )
+
+
+RULES: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "adamw": _adamw,
+    "adafactor": _adafactor,
+    "lion": _lion,
+    "muon": _muon,
+}
