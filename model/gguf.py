@@ -1,4 +1,4 @@
-"""GGUF in: llama.cpp's metadata as a ModelConfig, its tensors as our parameters. Knows no container bytes, no tokenizer.
+"""GGUF in: llama.cpp's metadata as a ModelConfig, its tensors as our parameters. Knows no container and no tokenizer.
 
 Names and layouts follow llama.cpp's convert_hf_to_gguf.py: it permutes the q and k rows of `llama` models for rotary
 pairs (2h, 2h + 1), which the layout "(N h two) D -> D N (two h)" undoes; it stores Gemma's norm scales with their 1.

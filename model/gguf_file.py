@@ -42,7 +42,7 @@ class File(NamedTuple):
 
         block = self.blocks[name]
         kind = gguf.GGMLQuantizationType(block.kind)
-        block_size, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        _, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         raw = np.frombuffer(self.raw, np.uint8, block.size, block.start)
         count = block.size // block_bytes
         per_row = max(n for n in range(1, min(count, max(1, ROW_BYTES // block_bytes)) + 1) if count % n == 0)
