@@ -38,15 +38,16 @@ class File(NamedTuple):
 
     def read(self, name: str) -> np.ndarray:
         """One tensor in float32."""
-        import gguf
+        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+        from gguf.quants import dequantize
 
         block = self.blocks[name]
-        kind = gguf.GGMLQuantizationType(block.kind)
-        _, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        kind = GGMLQuantizationType(block.kind)
+        _, block_bytes = GGML_QUANT_SIZES[kind]
         raw = np.frombuffer(self.raw, np.uint8, block.size, block.start)
         count = block.size // block_bytes
         per_row = max(n for n in range(1, min(count, max(1, ROW_BYTES // block_bytes)) + 1) if count % n == 0)
-        return gguf.dequantize(raw.reshape(-1, per_row * block_bytes), kind).reshape(block.shape)
+        return dequantize(raw.reshape(-1, per_row * block_bytes), kind).reshape(block.shape)
 
 
 def open_file(path: pathlib.Path | str) -> File:
@@ -73,11 +74,11 @@ def open_file(path: pathlib.Path | str) -> File:
 
 
 def _block(path: pathlib.Path, name: str, shape: tuple[int, ...], kind: int, offset: int, *, data_start: int) -> Block:
-    import gguf
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    if kind not in gguf.GGML_QUANT_SIZES:
+    if kind not in GGML_QUANT_SIZES:
         raise ValueError(f"{path}: tensor {name} has quantisation type {kind}, which gguf {_version()} does not know")
-    block_size, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
+    block_size, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
     if shape[-1] % block_size:
         raise ValueError(f"{path}: tensor {name} has rows of {shape[-1]}, not a multiple of its blocks of {block_size}")
     count = int(np.prod(shape, dtype=np.int64))

@@ -161,7 +161,7 @@ def assemble(
 
 def nested(built: dict[str, jax.Array]) -> Parameters:
     """A tree from dotted paths; layers that stand apart have whole numbers as keys."""
-    tree: Parameters = {}
+    tree: dict[Any, Any] = {}
     for path, leaf in built.items():
         *sections, last = path.split(".")
         inside = tree
