@@ -30,8 +30,8 @@ class RunConfig:
 
     def __post_init__(self):
         check_name(self.name)
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed} must be at least 0")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} must be between 0 and {2**32 - 1}; it seeds 32-bit generators")
         check_lengths(self.model, self.optim, self.train)
         check_rules(self.rules, self.mesh)
         check_splits(self, {axis: max(size, 1) for axis, size in dataclasses.asdict(self.mesh).items()})

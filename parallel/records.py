@@ -134,5 +134,5 @@ def require(record, section: str, names: str, *, low: int | float, high: int | f
         if not isinstance(value, int | float):
             raise ValueError(f"{section}.{name}={value!r} must be a number")
         if not low <= value <= high:
-            bound = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+            bound = f"at least {low}" if high == math.inf else f"between {low} and {high}"
             raise ValueError(f"{section}.{name}={value} must be {bound}")
