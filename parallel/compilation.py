@@ -16,8 +16,9 @@ def cache_compilations(folder: pathlib.Path | None = None) -> pathlib.Path | Non
     -> the folder, or None where it cannot be written: then everything works as before, only slower to start.
     A folder that the user gave to jax itself (JAX_COMPILATION_CACHE_DIR) is left as it is.
     """
-    if jax.config.jax_compilation_cache_dir:
-        return pathlib.Path(jax.config.jax_compilation_cache_dir)
+    given = jax.config.values["jax_compilation_cache_dir"]
+    if given:
+        return pathlib.Path(given)
     folder = (folder or default_folder()) / machine()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,40 @@
+"""How tokens are chosen and when to stop: frozen records only. Imports no jax."""
+
+import dataclasses
+
+from parallel.records import require
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How the next token is chosen. The steps are taken in the order of the fields, as in `transformers`."""
+
+    repetition_penalty: float = 1.0  # logits of tokens already there: divided by it if positive, else multiplied
+    temperature: float = 0.8  # logits are divided by it; 0 takes the likeliest token
+    top_k: int = 0  # only this many of the likeliest tokens; 0 is all
+    top_p: float = 0.95  # only the likeliest tokens that together reach this probability; 1 is all
+    min_p: float = 0.0  # only tokens at least this likely relative to the likeliest; 0 is all
+    seed: int = 0  # the draw depends on it, on the place in the answer and on the probabilities alone
+
+    def __post_init__(self):
+        require(self, "sampling", "repetition_penalty", low=0.01, high=100)
+        require(self, "sampling", "temperature", low=0, high=100)
+        require(self, "sampling", "top_k", low=0, high=2**24)
+        require(self, "sampling", "min_p", low=0, high=1)
+        require(self, "sampling", "seed", low=0, high=2**32 - 1)
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"sampling.top_p={self.top_p} must be above 0 and at most 1; 1 keeps every token")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """How a prompt is continued, and how far."""
+
+    sampling: SamplingConfig = SamplingConfig()
+    max_tokens: int = 256  # the answer ends after this many, or where the model's context is full
+    stop: tuple[str, ...] = ()  # the answer ends before the first of these texts
+
+    def __post_init__(self):
+        require(self, "generation", "max_tokens", low=1)
+        if "" in self.stop:
+            raise ValueError('stop="" is empty and would end every answer at once; give a text or leave it out')
