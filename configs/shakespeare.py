@@ -22,7 +22,9 @@ run = RunConfig(
         norm_eps=1e-6,
         qk_norm=True,
     ),
-    data=DataConfig(tokenizer="char", valid_fraction=0.1, split="tail", dedup="none", packing="stream"),
+    data=DataConfig(
+        path="input.txt", tokenizer="char", valid_fraction=0.1, split="tail", dedup="none", packing="stream"
+    ),
     optim=OptimConfig(name="muon", peak_lr=0.02, schedule="wsd", warmup_steps=20, weight_decay=0.0),
     train=TrainConfig(
         steps=400,
