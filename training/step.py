@@ -84,7 +84,7 @@ def _train_step(state: TrainState, batch: Batch, model, optim, train, optimizer,
         params = keep(optax.apply_updates(state.parameters, updates), state.parameters)
         ema = state.ema
         if optim.ema_decay:
-            ema = jax.tree.map(lambda a, p: optim.ema_decay * a + (1 - optim.ema_decay) * p, ema, params)
+            ema = keep(jax.tree.map(lambda a, p: optim.ema_decay * a + (1 - optim.ema_decay) * p, ema, params), ema)
     bad = 1 - is_good.astype(jnp.int32)
     metrics = {
         "loss": loss.nll,
