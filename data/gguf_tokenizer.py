@@ -52,19 +52,17 @@ def build(metadata: Mapping[str, Any]) -> Described:
             ]
         )
     ids = {name: values.get(f"{name}_token_id") for name in ("bos", "eos", "eot", "eom", "padding")}
-    add_bos = (
-        values.get("add_bos_token", kind == "llama" or values.get("pre") == "llama-bpe") and ids["bos"] is not None
-    )
-    if add_bos:
-        bos = tokens[ids["bos"]]
-        tokenizer.post_processor = _after(tokenizer.post_processor, bos, ids["bos"])
+    bos_id = ids["bos"]
+    add_bos = values.get("add_bos_token", kind == "llama" or values.get("pre") == "llama-bpe")
+    if add_bos and bos_id is not None:
+        tokenizer.post_processor = _after(tokenizer.post_processor, tokens[bos_id], bos_id)
     return Described(
         tokenizer=tokenizer,
-        bos_id=ids["bos"],
+        bos_id=bos_id,
         eos_id=ids["eos"],
-        end_ids=tuple(dict.fromkeys(ids[name] for name in ("eos", "eot", "eom") if ids[name] is not None)),
+        end_ids=tuple(dict.fromkeys(end for end in (ids["eos"], ids["eot"], ids["eom"]) if end is not None)),
         pad_id=ids["padding"],
-        add_bos=bool(add_bos),
+        add_bos=bool(add_bos) and bos_id is not None,
         chat_template=metadata.get("tokenizer.chat_template"),
     )
 

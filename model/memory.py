@@ -1,7 +1,7 @@
 """What a query can look back at: the batch itself (Packed) or a cache (Dense). One method; knows no weights."""
 
 import dataclasses
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ class Rule(NamedTuple):
     window: Int[Array, ""] | int | None  # tokens seen, the query's own included
 
 
+@runtime_checkable
 class Memory(Protocol):
     """Anything that attention can read and extend."""
 
@@ -39,7 +40,7 @@ class Memory(Protocol):
         v: Float[Array, "B T K H"],
         queries: Queries,
         rule: Rule,
-    ) -> tuple[Float[Array, "B T N H"], Self]:
+    ) -> tuple[Float[Array, "B T N H"], "Memory"]:
         """Remember `k` and `v`, let `q` look at what it may see; -> out, the memory after."""
         ...
 
@@ -93,3 +94,18 @@ def dense_cache(config: ModelConfig, batch: int, slots: int) -> "Dense | tuple[D
         shape = (config.num_layers, *shape)
         return Dense(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
     return tuple(Dense(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers))
+
+
+def dense_rows(memory: "Dense | tuple[Dense, ...]", rows: Int[Array, "b"]) -> "Dense | tuple[Dense, ...]":
+    """The memory whose row i is row rows[i] of this one: rows are dropped, moved or repeated."""
+    return jax.tree.map(lambda cache: jnp.take(cache, rows, axis=cache.ndim - 4), memory)
+
+
+def dense_grown(memory: "Dense | tuple[Dense, ...]", slots: int) -> "Dense | tuple[Dense, ...]":
+    """The same memory with more slots, the new ones empty."""
+
+    def grown(cache):
+        *_, S, _, _ = cache.shape
+        return jnp.pad(cache, [(0, 0)] * (cache.ndim - 3) + [(0, slots - S), (0, 0), (0, 0)])
+
+    return jax.tree.map(grown, memory)

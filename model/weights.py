@@ -176,7 +176,8 @@ def _build(config: ModelConfig, slots: list[Slot], foreign: Foreign, shape: tupl
     made: dict[str, np.ndarray] = {}
     stacked = config.scan_layers and slots[0].path.startswith("layers.")
 
-    def shard(index: tuple[slice, ...]) -> np.ndarray:
+    def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
         if str(index) not in made:
             made[str(index)] = _read(config, slots, foreign, index if stacked else (slice(0, 1), *index), shape)
         return made[str(index)]
