@@ -1,0 +1,60 @@
+"""What a device computes at best: a cited row a chip, and a measurement where there is none. Knows no model."""
+
+import functools
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Dense bfloat16 FLOP/s of one jax device, by `device_kind`. A chip of v2, v3 and v7x is two devices.
+# v2: jax/_src/pallas/mosaic/tpu_info.py; the others: docs.cloud.google.com/tpu/docs/{v3,v4,v5e,v5p,v6e,tpu7x}.
+PEAK_FLOPS = {
+    "TPU v2": 46e12 / 2,
+    "TPU v3": 123e12 / 2,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 2307e12 / 2,
+}
+
+
+def peak_flops(device: jax.Device) -> float:
+    """FLOP/s that one device reaches at best: from the table, else the best float32 matmul of 0.2 s.
+
+    The devices of one CPU share its cores, so each has its part of the measured figure.
+    """
+    if device.device_kind in PEAK_FLOPS:
+        return PEAK_FLOPS[device.device_kind]
+    return measured_flops(device) / (jax.local_device_count() if device.platform == "cpu" else 1)
+
+
+@functools.cache
+def measured_flops(device: jax.Device, *, size: int = 1024, seconds: float = 0.1) -> float:
+    """The best float32 matmul of a device; a CPU's is the better of XLA's and NumPy's, each tried for `seconds`.
+
+    Cached for the process, and only as quiet as the machine was.
+    """
+    x = jax.device_put(np.ones((size, size), np.float32), device)
+    matmul = jax.jit(lambda x: jnp.matmul(x, x, precision="highest"))
+    best = 2 * size**3 / _quickest(lambda: matmul(x).block_until_ready(), seconds)
+    if device.platform != "cpu":
+        return best
+    rows = np.ones((size, size), np.float32)
+    return max(best, 2 * size**3 / _quickest(lambda: rows @ rows, seconds))
+
+
+def _quickest(run: Callable, seconds: float) -> float:
+    """Shortest time of one call among those that fit in `seconds`, after one to warm up."""
+    run()
+    times, end = [], time.perf_counter() + seconds
+    while not times or time.perf_counter() < end:
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)

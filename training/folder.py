@@ -1,0 +1,84 @@
+"""A run's folder: its config, who trains in it, and that nothing of another run is overwritten. Knows no arrays.
+
+runs/<name>/config.json     the resolved config
+runs/<name>/tokenizer …     what the model's tokens mean
+runs/<name>/metrics.jsonl, events/, loss.png, samples.txt
+runs/<name>/checkpoints/    see parallel/checkpoint.py
+runs/<name>/lock            held by the process that trains
+"""
+
+import fcntl
+import json
+import os
+import pathlib
+from typing import Any
+
+# Where and how fast a run computes, not what: these may change between the parts of a run.
+FREE = ("name", "out", "mesh", "rules", "data.workers", "data.prefetch", "data.cache_dir")
+
+
+def claim(folder: pathlib.Path) -> int:
+    """Make the folder and hold it until this process ends; -> the descriptor of the lock.
+
+    Raises ValueError where it belongs to something else or another process trains in it, OSError where it cannot be
+    written.
+    """
+    if folder.exists() and not (folder / "config.json").exists() and any(p.name != "lock" for p in folder.iterdir()):
+        raise ValueError(f"{folder} exists and is no run (it has no config.json); give another name=NAME or out=DIR")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise OSError(
+            f"the run folder {folder} cannot be written: {error.strerror}; grant write access or give another out=DIR"
+        ) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(
+            f"another process trains in {folder}; wait for it, stop it, or give another name=NAME"
+        ) from error
+    return lock
+
+
+def has_begun(folder: pathlib.Path) -> bool:
+    """Whether there is something to lose: a measured step or a checkpoint."""
+    metrics = folder / "metrics.jsonl"
+    return (metrics.exists() and metrics.stat().st_size > 0) or any(folder.glob("checkpoints/*"))
+
+
+def check_config(folder: pathlib.Path, config: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Raise ValueError where the run that is there was asked for differently; -> what may differ and does.
+
+    {"mesh.fsdp": (1, 4)}
+    """
+    if not (folder / "config.json").exists() or not has_begun(folder):
+        return {}
+    changed = differences(json.loads((folder / "config.json").read_text()), json.loads(json.dumps(config)))
+    if changed.get("model.vocab_size", (0, None))[1] == 0:  # "the tokenizer's", which the folder's config has resolved
+        changed.pop("model.vocab_size", None)
+    free = {key: pair for key, pair in changed.items() if any(f"{key}.".startswith(f"{start}.") for start in FREE)}
+    other = [f"{key} is {old} there and {new} here" for key, (old, new) in changed.items() if key not in free]
+    if other:
+        raise ValueError(
+            f"{folder} holds a run with another config: {', '.join(other)}; "
+            "give the same values to continue it, name=NAME for a new run, or delete the folder"
+        )
+    return free
+
+
+def differences(old: Any, new: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted keys on which two JSON values differ.  {"a": {"b": 1}}, {"a": {"b": 2}} -> {"a.b": (1, 2)}"""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return {} if old == new else {path: (old, new)}
+    changed = {}
+    for key in [*old, *(key for key in new if key not in old)]:
+        changed |= differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    return changed
+
+
+def write(path: pathlib.Path, text: str) -> None:
+    """Write a whole file or none."""
+    part = path.with_name(path.name + ".partial")
+    part.write_text(text)
+    part.replace(path)
