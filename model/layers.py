@@ -49,7 +49,7 @@ class Norm(nnx.Module):
         return y.astype(x.dtype)
 
 
-def _row(w: Float[Array, "D"], x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+def _row(w: Float[Array, "..."], x: Float[Array, "... D"]) -> Float[Array, "..."]:
     """`w` with leading dims of size 1, to meet `x` without implicit rank promotion."""
     return w.astype(x.dtype).reshape((1,) * (x.ndim - w.ndim) + w.shape)
 

