@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from model.config import ModelConfig
-from ops import reference
+from ops import attention, reference
 from parallel.sharding import place
 
 CACHE_NAMES = ("batch", None, "act_heads", None)
@@ -52,9 +52,8 @@ class Packed:
 
     def attend(self, q, k, v, queries: Queries, rule: Rule):
         """Causal attention inside each document of a row."""
-        positions, segments = queries
-        mask = reference.visible(positions, positions, segments, segments, window=rule.window)
-        return reference.attention(q, k, v, mask, scale=rule.scale, softcap=rule.softcap), self
+        scale, softcap, window = rule
+        return attention.causal(q, k, v, queries.segments, window=window, scale=scale, softcap=softcap), self
 
 
 @jax.tree_util.register_dataclass

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from parallel.sharding import einsum
+from parallel.sharding import einsum, place
 
 
 class Loss(NamedTuple):
@@ -52,13 +52,9 @@ def chunked_token_loss(hidden, unembedding, targets, mask, chunk, softcap, z_los
 
 
 def _forward(hidden, unembedding, targets, mask, chunk, softcap, z_loss):
-    def total(hidden, unembedding, targets, mask):
-        loss = token_loss(hidden, unembedding, targets, mask, softcap=softcap, z_loss=z_loss)
-        return loss.total, loss
-
     def add(carry, part):
         sums, table_grad = carry
-        (_, loss), (grad, fresh) = jax.value_and_grad(total, (0, 1), has_aux=True)(part[0], unembedding, *part[1:])
+        loss, grad, fresh = _loss_and_gradients(part[0], unembedding, *part[1:], softcap=softcap, z_loss=z_loss)
         return (jax.tree.map(jnp.add, sums, loss), table_grad + fresh), grad
 
     zero = (_zero_loss(), jnp.zeros_like(unembedding))
@@ -66,6 +62,35 @@ def _forward(hidden, unembedding, targets, mask, chunk, softcap, z_loss):
     B, T, D = hidden.shape
     hidden_grad = jnp.moveaxis(grads, 0, 1).reshape(B, -1, D)[:, :T]
     return loss, (hidden_grad, table_grad)
+
+
+def _loss_and_gradients(hidden, unembedding, targets, mask, *, softcap, z_loss):
+    """One chunk's loss, and its gradients by hand: d nll / d logits = softmax - one_hot(target).
+
+    The V-wide arrays are touched as seldom as can be: 1/Z and the mask multiply on the D side, and the one-hot part
+    is a gather and a scatter of rows.
+    """
+    table = unembedding.astype(hidden.dtype)
+    raw = einsum("BTD,VD->BTV", hidden, table, out=("batch", "seq", "act_vocab")).astype(jnp.float32)
+    logits = raw if softcap is None else softcap * jnp.tanh(raw / softcap)
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    weights = jnp.exp(logits - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    log_z = (top + jnp.log(total))[..., 0]
+    chosen = jnp.take_along_axis(logits, targets[:, :, None], axis=-1)
+    nll = jnp.sum((log_z - chosen[..., 0]) * mask)
+    loss = Loss(nll + z_loss * jnp.sum(jnp.square(log_z) * mask), nll)
+
+    hit = -mask[:, :, None]
+    if softcap is not None:
+        weights, hit = weights * (1 - jnp.square(logits / softcap)), hit * (1 - jnp.square(chosen / softcap))
+    spread = (mask * (1 + 2 * z_loss * log_z))[:, :, None] / total
+    spread, hit, weights = (x.astype(hidden.dtype) for x in (spread, hit, weights))
+    rows = jnp.take(table, targets, axis=0)
+    grad = einsum("BTV,VD->BTD", weights, table, out=("batch", "seq", "act_embed")) * spread + rows * hit
+    table_grad = jnp.einsum("BTV,BTD->VD", weights, hidden * spread, preferred_element_type=jnp.float32)
+    table_grad = place(table_grad.at[targets].add((hidden * hit).astype(jnp.float32)), ("vocab", "embed"))
+    return loss, grad, table_grad
 
 
 def _backward(chunk, softcap, z_loss, residuals, cotangent: Loss):

@@ -1,0 +1,66 @@
+"""Causal attention in blocks of query rows: no block computes what lies above the diagonal. Knows no mesh, no cache.
+
+`reference.attention` is the slow twin. Rows of a batch are packed documents in order, so the distance of two tokens of
+one document is the distance of their columns.
+"""
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Bool, Float, Int
+
+BLOCK = 128  # query rows; the quickest of 64, 128, 256, 512 on two CPU cores (docs/benchmarks/training.md)
+MOST_BLOCKS = 16  # longer sequences take larger blocks, so that the program stays small
+HIDDEN = -1e30  # a logit that weighs nothing
+
+
+def causal(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segments: Int[Array, "B T"],
+    *,
+    window: Int[Array, ""] | int | None,
+    scale: float,
+    softcap: float | None,
+) -> Float[Array, "B T N H"]:
+    """Grouped-query attention of each document to itself and to what came before; softmax in float32."""
+    T, K = k.shape[1], k.shape[2]
+    q = rearrange(q * jnp.asarray(scale, q.dtype), "B T (K G) H -> B K G T H", K=K)
+    k, v = rearrange(k, "B S K H -> B K S H"), rearrange(v, "B S K H -> B K S H")
+    block = max(BLOCK, -(-T // MOST_BLOCKS))
+    rows = []
+    for start in range(0, T, block):
+        end = min(start + block, T)
+        first = max(0, start - window + 1) if isinstance(window, int) else 0
+        mask = _visible(segments, start, end, first, window)
+        rows.append(_attend(q[:, :, :, start:end], k[:, :, first:end], v[:, :, first:end], mask, softcap))
+    return rearrange(jnp.concatenate(rows, axis=3), "B K G T H -> B T (K G) H")
+
+
+def _visible(
+    segments: Int[Array, "B T"], start: int, end: int, first: int, window: Int[Array, ""] | int | None
+) -> Bool[Array, "B 1 1 t s"]:
+    """What queries start..end see of keys first..end."""
+    distance = jnp.arange(start, end)[:, None] - jnp.arange(first, end)[None]
+    near = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    same = segments[:, start:end, None] == segments[:, None, first:end]
+    return (same & near[None])[:, None, None]
+
+
+def _attend(
+    q: Float[Array, "B K G t H"],
+    k: Float[Array, "B K s H"],
+    v: Float[Array, "B K s H"],
+    mask: Bool[Array, "B 1 1 t s"],
+    softcap: float | None,
+) -> Float[Array, "B K G t H"]:
+    """softmax(q k) v, divided after the sum over keys: H-wide work instead of s-wide."""
+    logits = jnp.einsum("BKGtH,BKsH->BKGts", q, k, preferred_element_type=jnp.float32)
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    logits = jnp.where(mask, logits, HIDDEN)
+    weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    out = jnp.einsum("BKGts,BKsH->BKGtH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return (out / total).astype(v.dtype)
