@@ -74,9 +74,14 @@ def load(
     """
     file = gguf_file.open_file(path)
     config = config_of(file, scan_layers=scan_layers)
-    foreign = Foreign(str(path), {name: block.shape for name, block in file.blocks.items()}, file.read)
+    return config, load_parameters(file, config, mesh, rules)
+
+
+def load_parameters(file: gguf_file.File, config: ModelConfig, mesh: Mesh, rules: AxisRules) -> Parameters:
+    """The float32 parameters of an open file, in the shape that `config_of` found in it."""
+    foreign = Foreign(str(file.path), {name: block.shape for name, block in file.blocks.items()}, file.read)
     places = slots(config, file.metadata["general.architecture"])
-    return config, weights.assemble(config, places, foreign, mesh, rules, spare=SPARE)
+    return weights.assemble(config, places, foreign, mesh, rules, spare=SPARE)
 
 
 def config_of(file: gguf_file.File, *, scan_layers: bool = True) -> ModelConfig:
