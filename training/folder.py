@@ -7,21 +7,23 @@ runs/<name>/checkpoints/    see parallel/checkpoint.py
 runs/<name>/lock            held by the process that trains
 """
 
+import contextlib
 import fcntl
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 # Where and how fast a run computes, not what: these may change between the parts of a run.
 FREE = ("name", "out", "mesh", "rules", "data.workers", "data.prefetch", "data.cache_dir")
 
 
-def claim(folder: pathlib.Path) -> int:
-    """Make the folder and hold it until this process ends; -> the descriptor of the lock.
+@contextlib.contextmanager
+def held(folder: pathlib.Path) -> Iterator[None]:
+    """Make the folder and keep other processes from training in it.
 
-    Raises ValueError where it belongs to something else or another process trains in it, OSError where it cannot be
-    written.
+    Raises ValueError where it is something else or held already, OSError where it cannot be written.
     """
     if folder.exists() and not (folder / "config.json").exists() and any(p.name != "lock" for p in folder.iterdir()):
         raise ValueError(f"{folder} exists and is no run (it has no config.json); give another name=NAME or out=DIR")
@@ -33,12 +35,20 @@ def claim(folder: pathlib.Path) -> int:
             f"the run folder {folder} cannot be written: {error.strerror}; grant write access or give another out=DIR"
         ) from error
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(lock, folder)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _lock(descriptor: int, folder: pathlib.Path) -> None:
+    """The system lets go of it when the process ends, however it ends."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise ValueError(
             f"another process trains in {folder}; wait for it, stop it, or give another name=NAME"
         ) from error
-    return lock
 
 
 def has_begun(folder: pathlib.Path) -> bool:

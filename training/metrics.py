@@ -103,7 +103,7 @@ def _events(folder: pathlib.Path, step: int) -> Any:
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 
     (folder / "events").mkdir(exist_ok=True)
-    events = EventsWriter(str(folder / "events" / "events"), filename_suffix=f".{os.getpid()}")
+    events = EventsWriter(str(folder / "events" / "events"), filename_suffix=f".{time.time_ns()}")
     start = SessionLog(status=SessionLog.SessionStatus.Value("START"))
     events.write_event(Event(wall_time=time.time(), step=step, session_log=start))
     return events
