@@ -5,13 +5,14 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from model.config import ModelConfig
-from ops import attention, reference
+from ops import attention
 from parallel.sharding import place
 
-CACHE_NAMES = ("batch", None, "act_heads", None)
+CACHE_NAMES = ("batch", "act_heads", None, None)
 
 
 class Queries(NamedTuple):
@@ -64,30 +65,28 @@ class Dense:
     A slot past a sequence's end may hold anything: it is written before its position is reached.
     """
 
-    k: Float[Array, "B S K H"]
-    v: Float[Array, "B S K H"]
+    k: Float[Array, "B K S H"]
+    v: Float[Array, "B K S H"]
 
     def attend(self, q, k, v, queries: Queries, rule: Rule):
         """Write T consecutive tokens from each row's first position on, then look at all slots up to each query."""
         start = queries.positions[:, 0]
         after = Dense(place(_write(self.k, k, start), CACHE_NAMES), place(_write(self.v, v, start), CACHE_NAMES))
-        B, S, *_ = self.k.shape
-        slots = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32)[None], (B, S))
-        seen, own = jnp.ones((B, S), jnp.int32), jnp.ones_like(queries.positions)
-        mask = reference.visible(queries.positions, slots, own, seen, window=rule.window)
-        return reference.attention(q, after.k, after.v, mask, scale=rule.scale, softcap=rule.softcap), after
+        scale, softcap, window = rule
+        out = attention.cached(q, after.k, after.v, queries.positions, window=window, scale=scale, softcap=softcap)
+        return out, after
 
 
-def _write(cache: Float[Array, "B S K H"], new: Float[Array, "B T K H"], start: Int[Array, "B"]):
+def _write(cache: Float[Array, "B K S H"], new: Float[Array, "B T K H"], start: Int[Array, "B"]):
     def one(row, fresh, at):
-        return jax.lax.dynamic_update_slice(row, fresh.astype(row.dtype), (at, jnp.int32(0), jnp.int32(0)))
+        return jax.lax.dynamic_update_slice(row, fresh, (jnp.int32(0), at, jnp.int32(0)))
 
-    return jax.vmap(one)(cache, new, start)
+    return jax.vmap(one)(cache, rearrange(new, "B T K H -> B K T H").astype(cache.dtype), start)
 
 
 def dense_cache(config: ModelConfig, batch: int, slots: int) -> "Dense | tuple[Dense, ...]":
     """Empty cache for every layer: stacked [L, ...] where layers are scanned, else one Dense a layer."""
-    shape = (batch, slots, config.num_kv_heads, config.head_dim)
+    shape = (batch, config.num_kv_heads, slots, config.head_dim)
     dtype = jnp.dtype(config.compute_dtype)
     if config.scan_layers:
         shape = (config.num_layers, *shape)
@@ -104,7 +103,7 @@ def dense_grown(memory: "Dense | tuple[Dense, ...]", slots: int) -> "Dense | tup
     """The same memory with more slots, the new ones empty."""
 
     def grown(cache):
-        *_, S, _, _ = cache.shape
-        return jnp.pad(cache, [(0, 0)] * (cache.ndim - 3) + [(0, slots - S), (0, 0), (0, 0)])
+        *_, S, _ = cache.shape
+        return jnp.pad(cache, [(0, 0)] * (cache.ndim - 2) + [(0, slots - S), (0, 0)])
 
     return jax.tree.map(grown, memory)

@@ -1,7 +1,7 @@
-"""Causal attention in blocks of query rows: no block computes what lies above the diagonal. Knows no mesh, no cache.
+"""Attention to a batch's own rows, in blocks that skip what causality hides, and to a cache. Knows no mesh.
 
-`reference.attention` is the slow twin. Rows of a batch are packed documents in order, so the distance of two tokens of
-one document is the distance of their columns.
+`reference.attention` is the slow twin of both. Rows of a batch are packed documents in order, so the distance of two
+tokens of one document is the distance of their columns.
 """
 
 import jax
@@ -36,6 +36,24 @@ def causal(
         mask = _visible(segments, start, end, first, window)
         rows.append(_attend(q[:, :, :, start:end], k[:, :, first:end], v[:, :, first:end], mask, softcap))
     return rearrange(jnp.concatenate(rows, axis=3), "B K G T H -> B T (K G) H")
+
+
+def cached(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    positions: Int[Array, "B T"],
+    *,
+    window: Int[Array, ""] | int | None,
+    scale: float,
+    softcap: float | None,
+) -> Float[Array, "B T N H"]:
+    """Grouped-query attention to a cache whose slot s holds position s: each query sees slots up to its own."""
+    _, K, S, _ = k.shape
+    q = rearrange(q * jnp.asarray(scale, q.dtype), "B T (K G) H -> B K G T H", K=K)
+    distance = positions[:, :, None] - jnp.arange(S, dtype=positions.dtype)[None, None]
+    mask = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    return rearrange(_attend(q, k, v, mask[:, None, None], softcap), "B K G T H -> B T (K G) H")
 
 
 def _visible(
