@@ -12,6 +12,7 @@ from model.attention import Attention
 from model.config import ModelConfig
 from model.layers import Embedding, FeedForward, Key, Norm, Rope, matrix, rope
 from model.memory import Queries
+from ops.slabs import Slabs
 from parallel.sharding import einsum
 
 FOREVER = 2**30  # a window that hides nothing
@@ -80,7 +81,7 @@ class Decoder(nnx.Module):
         return self.norm(x), memory
 
     @property
-    def unembedding(self) -> Float[Array, "V D"]:
+    def unembedding(self) -> Float[Array, "V D"] | Slabs:
         """The output table, which is the embedding's where the two are tied."""
         return self.embedding.tokens[...] if self.head is None else self.head[...]
 
@@ -91,7 +92,7 @@ class Decoder(nnx.Module):
 
 
 def output_logits(
-    hidden: Float[Array, "B T D"], unembedding: Float[Array, "V D"], *, softcap: float | None
+    hidden: Float[Array, "B T D"], unembedding: Float[Array, "V D"] | Slabs, *, softcap: float | None
 ) -> Float[Array, "B T V"]:
     """Float32 logits of hidden states, capped to ±softcap by tanh where one is given."""
     logits = einsum("BTD,VD->BTV", hidden, unembedding, out=("batch", "seq", "act_vocab")).astype(jnp.float32)

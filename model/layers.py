@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from model.config import ModelConfig, RopeScaling
+from ops.slabs import Slabs
 from parallel.sharding import Names, einsum, place
 
 Key = jax.Array
@@ -114,6 +115,13 @@ def _yarn(plain: list[float], head_dim: int, theta: float, scaling: RopeScaling)
     return [f * (1 - s) + f / scaling.factor * s for f, s in zip(plain, stretched, strict=True)]
 
 
+def look_up(table: Float[Array, "V D"] | Slabs, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Rows of an embedding table."""
+    if isinstance(table, Slabs):
+        return table.take(tokens)
+    return jnp.take(place(table, ("vocab", None)), tokens, axis=0)  # all-gather over fsdp, before the look-up
+
+
 class Embedding(nnx.Module):
     """Token table [V, D], also the unembedding where the two are tied; learned positions [S, D] for GPT-2."""
 
@@ -128,8 +136,7 @@ class Embedding(nnx.Module):
             self.positions = matrix(position_key, (config.max_length, D), (None, "embed"), fan_in=D)
 
     def __call__(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        table = place(self.tokens[...].astype(self.dtype), ("vocab", None))  # all-gather over fsdp, before the look-up
-        x = jnp.take(table, tokens, axis=0)
+        x = look_up(self.tokens[...], tokens).astype(self.dtype)
         x = x * jnp.asarray(self.scale, self.dtype)
         if self.positions is not None:
             x = x + jnp.take(self.positions[...], positions, axis=0, mode="clip").astype(self.dtype)

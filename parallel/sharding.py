@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from ops.slabs import Slabs
 from parallel.config import AxisRules, MeshAxes
 
 Names = tuple[str | None, ...]
@@ -84,9 +85,10 @@ def place(x: Array, names: Names) -> Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(names, rules)))
 
 
-def einsum(equation: str, x: Float[Array, "..."], w: Float[Array, "..."], *, out: Names) -> Float[Array, "..."]:
+def einsum(equation: str, x: Float[Array, "..."], w: Float[Array, "..."] | Slabs, *, out: Names) -> Float[Array, "..."]:
     """`jnp.einsum` with the weight cast to the activation's type and the result's layout named.
 
     A contraction over a split dim leaves partial sums; `out` says where they are reduced.
     """
-    return place(jnp.einsum(equation, x, w.astype(x.dtype)), out)
+    w = w.astype(x.dtype)
+    return place(w.einsum(equation, x) if isinstance(w, Slabs) else jnp.einsum(equation, x, w), out)

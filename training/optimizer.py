@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import optax
 
+from model.parameters import summed_dims
 from parallel.sharding import Names
 from training.config import OptimConfig
 
@@ -25,9 +26,8 @@ def learning_rate(config: OptimConfig, *, total_steps: int) -> optax.Schedule:
 
 
 def is_matrix(names: Names) -> bool:
-    """Whether a parameter multiplies activations: decayed, and orthogonalised by Muon. Norms, biases, tables are not."""
-    inner = [name for name in names if name != "layers"]
-    return len(inner) > 1 and "embed" in inner and "vocab" not in inner and None not in inner
+    """Whether a parameter is decayed, and orthogonalised by Muon: matrices are, embedding tables are not."""
+    return "vocab" not in names and summed_dims(names) is not None
 
 
 def make_optimizer(config: OptimConfig, names: Any, *, total_steps: int) -> optax.GradientTransformation:
@@ -41,11 +41,12 @@ def make_optimizer(config: OptimConfig, names: Any, *, total_steps: int) -> opta
 
 def _muon_dims(names: Names) -> optax.contrib.MuonDimensionNumbers | None:
     """Which dims of a matrix are summed over when it multiplies, and which come out; the rest are a batch."""
-    if not is_matrix(names):
+    ins = summed_dims(names)
+    if ins is None or not is_matrix(names):
         return None
-    inner = tuple(dim for dim, name in enumerate(names) if name != "layers")
-    ins, outs = (inner[:1], inner[1:]) if names[inner[0]] == "embed" else (inner[:-1], inner[-1:])
-    return optax.contrib.MuonDimensionNumbers(ins, outs)
+    return optax.contrib.MuonDimensionNumbers(
+        ins, tuple(dim for dim, name in enumerate(names) if name != "layers" and dim not in ins)
+    )
 
 
 def _adamw(config: OptimConfig, schedule: optax.Schedule, decayed, _) -> optax.GradientTransformation:
