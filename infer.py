@@ -1,0 +1,280 @@
+"""Use a model: `infer.py generate|chat|score MODEL …`. The door: it reads the command line and shows what comes.
+
+Nothing heavy is imported before the command line is understood, so `--help` and most errors answer at once.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+import typing
+from collections.abc import Sequence
+
+from configs.help import comments
+from configs.overrides import override
+from inference.config import GenerationConfig, SamplingConfig
+from inference.location import KINDS, Location, locate
+from parallel.config import AxisRules, MeshConfig
+from parallel.records import to_dict
+
+if typing.TYPE_CHECKING:
+    from inference.engine import Engine
+    from inference.generate import Answer
+    from inference.weights import Model
+
+STARTED = time.perf_counter()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the command line asks for."""
+
+    verb: str
+    location: Location
+    options: argparse.Namespace
+    generation: GenerationConfig
+    mesh: MeshConfig
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose every refusal is a ValueError, so that all errors look alike."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        """Refuse."""
+        raise ValueError(f"{message} (--help shows all options)")
+
+
+def parser() -> Parser:
+    """The command line's grammar. Options of answers are the fields of their records."""
+    top = Parser(prog="infer.py", description="Use a language model: continue a text, converse, or measure it.")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="generate|chat|score")
+    common = Parser(add_help=False)
+    common.add_argument("model", metavar="MODEL", help=KINDS)
+    common.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="float32", help="of matmuls and the cache; default float32"
+    )
+    common.add_argument(
+        "--mesh", action="append", default=[], metavar="AXIS=N", help="devices along an axis, as tensor=4; default 1"
+    )
+    answers = Parser(add_help=False, parents=[common])
+    for record in (SamplingConfig, GenerationConfig):
+        add_fields(answers, record)
+    generate = verbs.add_parser("generate", parents=[answers], help="continue a text")
+    generate.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads it from standard input")
+    generate.add_argument(
+        "-n", type=int, default=1, metavar="N", help="samples; sample i draws with seed + i; default 1"
+    )
+    generate.add_argument("--json", action="store_true", help="print one JSON object at the end instead of the text")
+    chat = verbs.add_parser("chat", parents=[answers], help="converse, with memory between turns")
+    chat.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
+    score = verbs.add_parser("score", parents=[common], help="measure how well the model predicts a text")
+    score.add_argument("--file", required=True, type=pathlib.Path, metavar="TEXT", help="the text, UTF-8")
+    score.add_argument("--window", type=int, metavar="N", help="tokens read at once; default the context, at most 2048")
+    score.add_argument("--stride", type=int, metavar="N", help="tokens between windows; default half a window")
+    score.add_argument("--json", action="store_true", help="print one JSON object")
+    return top
+
+
+def add_fields(to: argparse.ArgumentParser, record: type) -> None:
+    """An option for each plain field of a record, with its comment; text fields may be given several times."""
+    notes, hints = comments(record), typing.get_type_hints(record)
+    for field in dataclasses.fields(record):
+        flag, kind = f"--{field.name.replace('_', '-')}", hints[field.name]
+        if dataclasses.is_dataclass(kind):
+            continue
+        if kind in (int, float):
+            note = f"{notes[field.name]}; default {field.default}"
+            to.add_argument(flag, type=kind, default=field.default, metavar="N" if kind is int else "X", help=note)
+        else:
+            note = f"{notes[field.name]}; may be repeated"
+            to.add_argument(flag, action="append", default=[], metavar="TEXT", help=note)
+
+
+def understand(arguments: Sequence[str]) -> Request:
+    """The command line, checked as far as that goes without loading anything."""
+    options = parser().parse_args(arguments)
+    given = vars(options)
+    sampling = {name: given[name] for name in to_dict(SamplingConfig()) if name in given}
+    generation = {name: given[name] for name in ("max_tokens",) if name in given}
+    if given.get("n", 1) < 1:
+        raise ValueError(f"-n {options.n} must be at least 1; it counts the samples")
+    if options.verb == "score" and not options.file.is_file():
+        raise ValueError(f"--file {options.file} is no file; give the text to measure")
+    return Request(
+        verb=options.verb,
+        location=locate(options.model),
+        options=options,
+        generation=GenerationConfig(
+            sampling=SamplingConfig(**sampling), stop=tuple(given.get("stop", ())), **generation
+        ),
+        mesh=override(MeshConfig(data=1), options.mesh),
+    )
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command line; the exit status is 0 when done, 2 after an error that the user can mend."""
+    try:
+        request = understand(arguments)
+        return {"generate": generate, "chat": chat, "score": score}[request.verb](request)
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError) as error:
+        if sys.flags.dev_mode:  # python -X dev infer.py … shows where
+            raise
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+
+
+def generate(request: Request) -> int:
+    """Continue the prompt: words to stdout as they come, or one JSON object at the end."""
+    from inference import generate
+
+    options, clock, model = request.options, Clock(), opened(request)
+    text = sys.stdin.read() if options.prompt == "-" else options.prompt
+    tokens = generate.text_tokens(text, model.tokenizer)
+    prompt = generate.check_room(tokens, max_length=model.config.max_length)
+    engine = started(model, request)
+    clock.lap("load")
+    answers = [generate.Answer(prompt, model.tokenizer, request.generation.stop) for _ in range(options.n)]
+    for pieces in generate.generate(engine, model.tokenizer, answers, request.generation):
+        clock.lap("decode" if "prefill" in clock.laps else "prefill")
+        if not options.json:
+            sys.stdout.write(pieces[0])
+            sys.stdout.flush()
+    timings = clock.timings(engine.num_read, sum(len(answer.tokens) - 1 for answer in answers))
+    if options.json:
+        print(as_json(answers, [None, *engine.logprobs([prompt])[0]], timings))
+    else:
+        print("", *(answer.text for answer in answers[1:]), sep="\n", flush=True)
+        print(summary(answers, engine.num_read, timings), file=sys.stderr)
+    return 0
+
+
+def as_json(answers: "Sequence[Answer]", prompt_logprobs: list[float | None], timings: dict[str, float]) -> str:
+    """The first answer, and all of them under `samples` where there are several."""
+    samples = [
+        {"tokens": a.tokens, "text": a.text, "logprobs": a.logprobs, "finish_reason": a.finish_reason} for a in answers
+    ]
+    record = {
+        "prompt_tokens": list(answers[0].prompt),
+        **samples[0],
+        "prompt_logprobs": prompt_logprobs,
+        "timings": timings,
+        **({"samples": samples} if len(samples) > 1 else {}),
+    }
+    return json.dumps(record, ensure_ascii=False, allow_nan=False)
+
+
+def summary(answers: "Sequence[Answer]", num_read: int, timings: dict[str, float]) -> str:
+    """One line on how it went."""
+    new = " + ".join(f"{len(answer.tokens)} ({answer.finish_reason})" for answer in answers)
+    return (
+        f"{num_read} prompt tokens at {timings['prefill_tokens_per_second']:.1f}/s, {new} new ones at "
+        f"{timings['decode_tokens_per_second']:.1f}/s; first after {timings['first_token']:.1f} s"
+    )
+
+
+def chat(request: Request) -> int:
+    """Converse till the input ends."""
+    from inference.conversation import Conversation, required_template
+    from inference.terminal import COMMANDS, converse
+
+    model = opened(request)
+    tokenizer, template = required_template(model.tokenizer)
+    engine = started(model, request)
+    conversation = Conversation(engine, tokenizer, template, request.generation, system=request.options.system)
+    at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if at_terminal:
+        import readline  # noqa: F401  so that lines can be edited and called back
+
+        print(COMMANDS, file=sys.stderr)
+    return converse(conversation, ask=lambda: input("> " if at_terminal else ""))
+
+
+def score(request: Request) -> int:
+    """Measure a text."""
+    from tqdm import tqdm
+
+    from inference.generate import text_tokens
+    from inference.score import score
+
+    options, model = request.options, opened(request)
+    content = options.file.read_bytes()
+    tokens = text_tokens(utf8(content, options.file), model.tokenizer)
+    result = score(
+        started(model, request), tokens, num_bytes=len(content), window=options.window, stride=options.stride,
+        watch=lambda batches: tqdm(batches, disable=None, unit="batch", leave=False),
+    )._asdict()  # fmt: skip
+    lines = (
+        json.dumps(result) if options.json else "\n".join(f"{name:<13} {value:.6g}" for name, value in result.items())
+    )
+    print(lines)
+    return 0
+
+
+def utf8(content: bytes, path: pathlib.Path) -> str:
+    """Text of a file, or ValueError where it has none."""
+    if not content:
+        raise ValueError(f"{path} is empty; give a text of at least two tokens")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        byte = content[error.start]
+        raise ValueError(f"{path} is not UTF-8 text: byte {error.start} is {byte:#04x}; convert it first") from error
+
+
+def opened(request: Request) -> "Model":
+    """The model's shape and tokenizer, jax ready to compile for it."""
+    from inference.weights import open_model
+    from parallel.compilation import cache_compilations
+
+    cache_compilations()
+    return open_model(request.location, dtype=request.options.dtype)
+
+
+def started(model: "Model", request: Request) -> "Engine":
+    """An engine with the model's weights, on as many devices as the mesh names."""
+    import jax
+
+    from inference.engine import Engine
+    from parallel.mesh import make_mesh
+
+    sizes, devices = dataclasses.asdict(request.mesh).values(), jax.devices()
+    mesh = make_mesh(request.mesh, devices if -1 in sizes else devices[: math.prod(sizes)])
+    parameters = model.load(mesh, AxisRules())
+    return Engine(model.config, parameters, mesh, AxisRules(), num_tokens=model.tokenizer.vocab_size)
+
+
+@dataclasses.dataclass
+class Clock:
+    """Seconds between the parts of a run."""
+
+    laps: dict[str, float] = dataclasses.field(default_factory=dict)
+    last: float = STARTED
+
+    def lap(self, name: str) -> None:
+        """What came since the last lap belongs to `name`."""
+        now = time.perf_counter()
+        self.laps[name] = self.laps.get(name, 0.0) + now - self.last
+        self.last = now
+
+    def timings(self, num_read: int, num_decoded: int) -> dict[str, float]:
+        """All laps, the time from the start of the program to the first token, and tokens per second."""
+        return {
+            **self.laps,
+            "first_token": self.laps["load"] + self.laps["prefill"],
+            "prefill_tokens_per_second": num_read / self.laps["prefill"],
+            "decode_tokens_per_second": num_decoded / self.laps["decode"],
+        }
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
