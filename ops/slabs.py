@@ -7,7 +7,6 @@ rows into as many buffers as there are cores, a weight is read at the speed of t
 import dataclasses
 import math
 from types import EllipsisType
-from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +21,11 @@ class Slabs:
     parts: tuple[Float[Array, "rows inputs"], ...]
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # of that array
 
-    def __getitem__(self, whole: EllipsisType) -> Self:
+    def __getitem__(self, whole: EllipsisType) -> "Slabs":
         """The weight itself, as `array[...]` is."""
         return self
 
-    def astype(self, dtype: jnp.dtype) -> Self:
+    def astype(self, dtype: jnp.dtype) -> "Slabs":
         """The same weight in another type."""
         return dataclasses.replace(self, parts=tuple(part.astype(dtype) for part in self.parts))
 
