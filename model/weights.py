@@ -121,7 +121,7 @@ def to_foreign(slots: list[Slot], leaves: list[np.ndarray], config: ModelConfig)
     return rearrange(array, f"{ours}{arrow}{foreign}", **_letters(slots[0].layout, config))
 
 
-def leaves(tree: Parameters, section: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Mapping[Any, Any], section: str = "") -> Iterator[tuple[str, Any]]:
     """Every leaf with its dotted path: ("layers.attention.q", array), …"""
     for name, value in tree.items():
         if isinstance(value, dict):
@@ -131,7 +131,7 @@ def leaves(tree: Parameters, section: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def by_leaf(slots: Iterable[Slot], config: ModelConfig) -> dict[str, list[Slot]]:
-    """For each leaf of the tree, the slots of its layers in order, with {l} filled in."""
+    """For each leaf of the tree, the slots of its layers in order, each with its layer in the name (and the path)."""
     filled: dict[str, list[Slot]] = {}
     for slot in slots:
         layered = "{l}" in slot.name
@@ -139,7 +139,8 @@ def by_leaf(slots: Iterable[Slot], config: ModelConfig) -> dict[str, list[Slot]]
             path = slot.path
             if layered and not config.scan_layers:
                 path = path.replace("layers.", f"layers.{l}.", 1)
-            filled.setdefault(path, []).append(dataclasses.replace(slot, name=slot.name.replace("{l}", str(l))))
+            name = slot.name.replace("{l}", str(l))
+            filled.setdefault(path, []).append(dataclasses.replace(slot, name=name, path=path))
     return filled
 
 
