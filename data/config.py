@@ -3,20 +3,19 @@
 import dataclasses
 from typing import Literal
 
-from parallel.records import require
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceConfig:
     """One text source of a mixture."""
 
     path: str = "stdlib"  # stdlib (Python's own sources), a text file or folder, .jsonl, .parquet, or hf:NAME
-    weight: float = 1.0  # share of documents drawn from it, relative to the other sources
+    weight: float = 1.0  # share of training rows drawn from it, relative to the other sources
     field: str = "text"  # which key or column holds the text (jsonl, parquet, hf)
     split: str = "train"  # which split (hf)
 
     def __post_init__(self):
-        require(self, "data.mixture", "weight", low=0)
+        if not self.weight > 0:
+            raise ValueError(f"weight={self.weight} of {self.path} must be above 0; leave the source out instead")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,19 +27,33 @@ class DataConfig:
     mixture: tuple[SourceConfig, ...] = ()  # several weighted sources instead of path
     tokenizer: str = "bpe"  # bpe (trained on the text), byte, char, or a tokenizer.json / Hugging Face folder or name
     bpe_vocab: int = 4096  # tokens of a trained bpe
-    valid_fraction: float = 0.05  # of documents held out, chosen by content; see split
-    split: Literal["document", "tail"] = "document"  # hold out whole documents, or the last part of one long text
+    valid_fraction: float = 0.05  # of documents (or of the text's end, see split) held out; 0 holds out none
+    split: Literal["auto", "document", "tail"] = "auto"  # hold out documents or the text's end; auto: end if only one
     dedup: Literal["none", "exact", "near"] = "exact"  # drop repeated documents; near uses MinHash
     near_threshold: float = 0.8  # Jaccard similarity from which two documents count as near-duplicates
     min_chars: int = 0  # shorter documents are dropped
     max_symbol_ratio: float = 1.0  # documents with a larger share of non-alphanumeric, non-space characters are dropped
     max_repeat_ratio: float = 1.0  # documents with a larger share of repeated lines are dropped
     packing: Literal["pack", "stream"] = "pack"  # whole documents packed into rows, or rows cut from one long stream
-    prefetch: int = 4  # batches made ahead of the step
-    workers: int = 0  # loader processes; 0 loads in threads of this one
+    prefetch: int = 4  # batches made ahead of the step; 0 makes each when it is asked for
+    workers: int = 0  # loader processes; 0 loads in a thread of this one
     cache_dir: str = ""  # tokenised text is kept here; empty means the user's cache folder
 
     def __post_init__(self):
-        require(self, "data", "valid_fraction near_threshold max_symbol_ratio max_repeat_ratio", low=0, high=1)
-        require(self, "data", "bpe_vocab prefetch", low=1)
-        require(self, "data", "min_chars workers", low=0)
+        if self.mixture and self.path != "stdlib":
+            raise ValueError(f"data.path={self.path} and data.mixture are both set; add the path to the mixture")
+        if not 0 <= self.valid_fraction < 1:
+            raise ValueError(f"data.valid_fraction={self.valid_fraction} must be at least 0 and below 1")
+        if self.bpe_vocab < 258:
+            raise ValueError(f"data.bpe_vocab={self.bpe_vocab} must be at least 258: 256 bytes, begin and end of text")
+        for name in ("near_threshold", "max_symbol_ratio", "max_repeat_ratio"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"data.{name}={getattr(self, name)} must be above 0 and at most 1")
+        for name in ("min_chars", "prefetch", "workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"data.{name}={getattr(self, name)} must be at least 0")
+
+    @property
+    def sources(self) -> tuple[SourceConfig, ...]:
+        """The mixture, or path as its only source."""
+        return self.mixture or (SourceConfig(path=self.path, field=self.field),)
