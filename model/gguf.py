@@ -216,9 +216,14 @@ def _scaling(values: Mapping[str, Any], head_dim: int, file: gguf_file.File) -> 
 
 
 def _llama3(divisors: np.ndarray, head_dim: int, theta: float, path: pathlib.Path) -> RopeScaling:
-    """The scaling whose frequencies are the plain ones over these divisors, as Llama 3.1 and 3.2 have them."""
-    scaling = RopeScaling(kind="llama3", factor=_short(float(divisors.max())))
+    """The scaling whose frequencies are the plain ones over these divisors, as Llama 3.1 and 3.2 have them.
+
+    The slowest pair keeps a share of its frequency and stretches the rest: 1 / divisor = kept + (1 - kept) / factor.
+    """
     plain, _ = rope_frequencies(head_dim, theta, RopeScaling())
+    unstretched, _ = rope_frequencies(head_dim, theta, RopeScaling(kind="llama3", factor=math.inf))
+    kept = unstretched[-1] / plain[-1]
+    scaling = RopeScaling(kind="llama3", factor=round((1 - kept) / (1 / float(divisors[-1]) - kept), 3))
     stretched, _ = rope_frequencies(head_dim, theta, scaling)
     if not np.allclose(np.divide(plain, stretched), divisors, rtol=1e-4):
         raise ValueError(f"{path}: rope_freqs.weight does not follow Llama 3's rule with factor {scaling.factor:g}")
