@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from parallel.records import require
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceConfig:
@@ -14,8 +16,9 @@ class SourceConfig:
     split: str = "train"  # which split (hf)
 
     def __post_init__(self):
-        if not self.weight > 0:
-            raise ValueError(f"weight={self.weight} of {self.path} must be above 0; leave the source out instead")
+        require(self, "data.mixture", "weight", low=0)
+        if not self.weight:
+            raise ValueError(f"data.mixture.weight=0 of {self.path} draws nothing from it; leave the source out")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,16 +45,11 @@ class DataConfig:
     def __post_init__(self):
         if self.mixture and self.path != "stdlib":
             raise ValueError(f"data.path={self.path} and data.mixture are both set; add the path to the mixture")
-        if not 0 <= self.valid_fraction < 1:
-            raise ValueError(f"data.valid_fraction={self.valid_fraction} must be at least 0 and below 1")
-        if self.bpe_vocab < 258:
-            raise ValueError(f"data.bpe_vocab={self.bpe_vocab} must be at least 258: 256 bytes, begin and end of text")
-        for name in ("near_threshold", "max_symbol_ratio", "max_repeat_ratio"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"data.{name}={getattr(self, name)} must be above 0 and at most 1")
-        for name in ("min_chars", "prefetch", "workers"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"data.{name}={getattr(self, name)} must be at least 0")
+        require(self, "data", "valid_fraction near_threshold max_symbol_ratio max_repeat_ratio", low=0, high=1)
+        require(self, "data", "bpe_vocab", low=258)  # 256 bytes, begin and end of a text
+        require(self, "data", "min_chars prefetch workers", low=0)
+        if self.valid_fraction == 1:
+            raise ValueError("data.valid_fraction=1 leaves nothing to train on; it must be below 1")
 
     @property
     def sources(self) -> tuple[SourceConfig, ...]:
