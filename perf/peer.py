@@ -3,7 +3,7 @@
 import json
 import pathlib
 import subprocess
-from typing import Any, Self
+from typing import Any
 
 SCRIPTS = pathlib.Path(__file__).parent / "peers"
 
@@ -35,9 +35,7 @@ class Peer:
             )
         return line
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """End the peer's process."""
         self._process.kill()
         self._process.wait()
