@@ -100,20 +100,23 @@ def _events(folder: pathlib.Path, step: int) -> Any:
     tensorboardX's own SummaryWriter sends every scalar through a queue between processes; this is one event a step.
     """
     from tensorboardX.event_file_writer import EventsWriter
-    from tensorboardX.proto.event_pb2 import Event, SessionLog
 
     (folder / "events").mkdir(exist_ok=True)
     events = EventsWriter(str(folder / "events" / "events"), filename_suffix=f".{time.time_ns()}")
-    start = SessionLog(status=SessionLog.SessionStatus.Value("START"))
-    events.write_event(Event(wall_time=time.time(), step=step, session_log=start))
+    proto = _proto("event")
+    start = proto.SessionLog(status=proto.SessionLog.SessionStatus.Value("START"))
+    events.write_event(proto.Event(wall_time=time.time(), step=step, session_log=start))
     return events
 
 
 def _event(record: Record) -> Any:
     """One record as one event."""
-    from tensorboardX.proto.event_pb2 import Event
-    from tensorboardX.proto.summary_pb2 import Summary
-
+    summary = _proto("summary").Summary
     measured = {name: value for name, value in record.items() if name != "step" and value is not None}
-    values = [Summary.Value(tag=name, simple_value=value) for name, value in measured.items()]
-    return Event(wall_time=time.time(), step=int(record["step"] or 0), summary=Summary(value=values))
+    values = [summary.Value(tag=name, simple_value=value) for name, value in measured.items()]
+    return _proto("event").Event(wall_time=time.time(), step=int(record["step"] or 0), summary=summary(value=values))
+
+
+def _proto(name: str) -> Any:
+    """A module of TensorBoard's messages, which are made when it is imported."""
+    return importlib.import_module(f"tensorboardX.proto.{name}_pb2")
