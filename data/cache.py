@@ -44,7 +44,7 @@ class TokenCache:
         return self._map("tokens", self.dtype, self.num_tokens)
 
     @functools.cached_property
-    def offsets(self) -> Int64[np.ndarray, " documents+1"]:
+    def offsets(self) -> Int64[np.ndarray, " borders"]:
         """Where each document starts, and the end of the last."""
         return self._map("offsets", "int64", self.num_documents + 1)
 

@@ -20,6 +20,7 @@ FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "
 class _Facts(NamedTuple):
     vocab_size: int
     adds_bos: bool
+    special_ids: frozenset[int]
     byte_ids: frozenset[int]
 
 
@@ -44,6 +45,11 @@ class HuggingFaceTokenizer:
         return self._facts.adds_bos
 
     @property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens without text."""
+        return self._facts.special_ids
+
+    @property
     def byte_ids(self) -> frozenset[int]:
         """SentencePiece's byte tokens <0x00> to <0xFF>: their text depends on the bytes after them."""
         return self._facts.byte_ids
@@ -51,10 +57,12 @@ class HuggingFaceTokenizer:
     @functools.cached_property
     def _facts(self) -> "_Facts":
         vocab = self.tokenizer.get_vocab(with_added_tokens=True)
+        added = self.tokenizer.get_added_tokens_decoder()
         byte_tokens = (f"<0x{byte:02X}>" for byte in range(256))
         return _Facts(
             vocab_size=max(vocab.values()) + 1,
             adds_bos=self.bos_id is not None and self.tokenizer.encode("").ids[:1] == [self.bos_id],
+            special_ids=frozenset(id_ for id_, token in added.items() if token.special),
             byte_ids=frozenset(vocab[token] for token in byte_tokens if token in vocab),
         )
 

@@ -26,7 +26,7 @@ class Rows(NamedTuple):
 
     starts: Int64[np.ndarray, " pieces"]
     lengths: Int64[np.ndarray, " pieces"]
-    bounds: Int64[np.ndarray, " rows+1"]
+    bounds: Int64[np.ndarray, " borders"]
 
     @property
     def num_rows(self) -> int:
@@ -38,7 +38,7 @@ class Rows(NamedTuple):
         return float(self.lengths.sum() / max(1, self.num_rows * length))
 
 
-def plan_rows(offsets: Int64[np.ndarray, " documents+1"], *, length: int) -> Rows:
+def plan_rows(offsets: Int64[np.ndarray, " borders"], *, length: int) -> Rows:
     """Put whole documents into rows of `length` slots; document d is the tokens offsets[d] up to offsets[d + 1].
 
     A document longer than a row is cut: full rows first, the rest is packed like a short document. Packing is best-fit

@@ -9,7 +9,7 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32
@@ -29,6 +29,7 @@ __all__ = [
 OWN_FILE = "meshlight_tokenizer.json"
 
 
+@runtime_checkable  # tests check annotations when they run
 class Tokenizer(Protocol):
     """What the rest of the house knows of a tokenizer."""
 
@@ -63,6 +64,11 @@ class Tokenizer(Protocol):
         ...
 
     @property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens without text."""
+        ...
+
+    @property
     def byte_ids(self) -> frozenset[int]:
         """Tokens whose text depends on the tokens after them."""
         ...
@@ -94,6 +100,7 @@ class ByteTokenizer:
     eos_id: int | None = 257
     end_ids: tuple[int, ...] = (257,)
     chat_template: str | None = None
+    special_ids: frozenset[int] = frozenset({256, 257})
     byte_ids: frozenset[int] = frozenset()
 
     def encode(self, text: str) -> list[int]:
@@ -123,6 +130,7 @@ class CharTokenizer:
     eos_id: int | None = None
     end_ids: tuple[int, ...] = ()
     chat_template: str | None = None
+    special_ids: frozenset[int] = frozenset()
     byte_ids: frozenset[int] = frozenset()
 
     @property
@@ -215,7 +223,8 @@ class TextStream:
 
     def push(self, ids: Iterable[int]) -> str:
         """Take tokens; the text that is now certain, often empty."""
-        self._ids.extend(int(id_) for id_ in ids)
+        hidden, size = self._tokenizer.special_ids, self._tokenizer.vocab_size
+        self._ids.extend(int(id_) for id_ in ids if id_ < size and id_ not in hidden)
         if not self._ids or self._ids[-1] in self._tokenizer.byte_ids:
             return ""
         text = self._tokenizer.decode(self._ids)
