@@ -65,8 +65,8 @@ class Dense:
     A slot past a sequence's end may hold anything: it is written before its position is reached.
     """
 
-    k: Float[Array, "B K S H"]
-    v: Float[Array, "B K S H"]
+    k: Float[Array, "*L B K S H"]  # stacked where layers are
+    v: Float[Array, "*L B K S H"]
 
     def attend(self, q, k, v, queries: Queries, rule: Rule):
         """Write T consecutive tokens from each row's first position on, then look at all slots up to each query."""

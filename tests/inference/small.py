@@ -1,0 +1,74 @@
+"""Tiny models for the tests of decoding."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from inference.config import SamplingConfig
+from inference.engine import Engine, Row
+from model.config import ModelConfig
+from model.memory import Packed, Queries
+from model.parameters import decoder, initialize
+from parallel.config import AxisRules, MeshConfig
+from parallel.mesh import make_mesh
+
+V = 96
+LLAMA = ModelConfig(
+    vocab_size=V, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=48, max_length=256,
+    rope_theta=10_000.0, norm_eps=1e-5, tied=False, init_scale=2.0, scan_layers=False,
+)  # fmt: skip
+MISTRAL = dataclasses.replace(LLAMA, layers=("window",), window=5)
+GEMMA = dataclasses.replace(
+    LLAMA, layers=("window", "global"), window=4, rope_local_theta=1_000.0, norm_zero_centered=True, post_norms=True,
+    qk_norm=True, activation="gelu_tanh", query_scale=0.3, attention_softcap=2.0, final_softcap=3.0, embed_scale=True,
+)  # fmt: skip
+GPT2 = dataclasses.replace(
+    LLAMA, num_kv_heads=4, positions="learned", norm="layer", qkv_bias=True, out_bias=True, ffn_bias=True, gated=False,
+    activation="gelu",
+)  # fmt: skip
+FAMILIES = {"llama": LLAMA, "mistral": MISTRAL, "gemma": GEMMA, "gpt2": GPT2}
+ONE = MeshConfig(data=1)
+
+
+def mesh_of(config: MeshConfig):
+    sizes = dataclasses.asdict(config)
+    return make_mesh(config, jax.devices()[: int(np.prod(list(sizes.values())))])
+
+
+@functools.cache
+def parameters(config: ModelConfig, mesh: MeshConfig = ONE):
+    return initialize(config, mesh_of(mesh), AxisRules(), key=jax.random.key(3))
+
+
+def engine(config: ModelConfig, mesh: MeshConfig = ONE, *, num_tokens: int = V) -> Engine:
+    return Engine(config, parameters(config, mesh), mesh_of(mesh), AxisRules(), num_tokens=num_tokens)
+
+
+def row(prompt, budget=12, **sampling) -> Row:
+    return Row(tuple(prompt), SamplingConfig(**{"temperature": 0.0, **sampling}), budget)
+
+
+def run(engine: Engine, rows, end_ids=()) -> list[tuple[list[int], list[float]]]:
+    """Each row's tokens and log-probabilities."""
+    answers = [([], []) for _ in rows]
+    for news in engine.stream(rows, end_ids):
+        for answer, new in zip(answers, news, strict=True):
+            answer[0].extend(new.tokens)
+            answer[1].extend(new.logprobs)
+    return answers
+
+
+def full_logprobs(config: ModelConfig, tokens) -> np.ndarray:
+    """log p of every token of the vocabulary after every token: the whole text at once, no cache."""
+
+    @jax.jit
+    def forward(parameters, tokens):
+        queries = Queries(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], jnp.ones_like(tokens))
+        model = decoder(config, parameters)
+        hidden, _ = model(tokens, queries, Packed())
+        return jax.nn.log_softmax(model.logits(hidden), axis=-1)
+
+    return np.asarray(forward(parameters(config), jnp.asarray([tokens], jnp.int32)))[0]
