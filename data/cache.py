@@ -25,6 +25,7 @@ from jaxtyping import Int64, Integer
 FORMAT = 1  # of entries; a change makes older entries missing
 STALE_SECONDS = 86_400  # after which an unfinished entry of a killed writer is swept away
 SPLITS = ("train", "valid")
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,8 +109,20 @@ class TokenWriter:
         }
 
     def close(self) -> None:
-        """Close the file, finished or not."""
-        self._file.close()
+        """Close the file, finished or not; what a full disk did not take is lost with the unnamed folder."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
+@contextlib.contextmanager
+def token_writers(folder: pathlib.Path, dtype: str) -> Iterator[dict[str, TokenWriter]]:
+    """A writer for each split."""
+    writers = {split: TokenWriter(folder, split, dtype) for split in SPLITS}
+    try:
+        yield writers
+    finally:
+        for writer in writers.values():
+            writer.close()
 
 
 def _sync(file: IO[bytes]) -> None:
@@ -176,7 +189,7 @@ def explained(place: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
+        if error.errno not in NO_ROOM:
             raise
         raise OSError(
             f"cannot keep tokenised text in {place.parent}: {error.strerror}; set data.cache_dir to a folder with room"

@@ -4,7 +4,6 @@ Two passes over the text. The first decides each document's fate and samples the
 kept. Both are skipped where a small index knows the files by their sizes and times of change.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -18,7 +17,7 @@ import numpy as np
 import tokenizers
 
 from data import cache
-from data.cache import Entry, TokenCache, TokenWriter
+from data.cache import Entry, TokenCache
 from data.config import DataConfig, SourceConfig
 from data.huggingface_tokenizer import download_huggingface, load_huggingface
 from data.quality import Report, content_hash
@@ -178,11 +177,7 @@ def tokenise(source: SourceConfig, found: Survey, tokenizer: Tokenizer, root: pa
 
 
 def _write_tokens(source: SourceConfig, found: Survey, tokenizer: Tokenizer, folder: pathlib.Path) -> None:
-    with contextlib.ExitStack() as stack:
-        dtype = cache.token_dtype(tokenizer.vocab_size)
-        writers = {split: TokenWriter(folder, split, dtype) for split in cache.SPLITS}
-        for writer in writers.values():
-            stack.callback(writer.close)
+    with cache.token_writers(folder, cache.token_dtype(tokenizer.vocab_size)) as writers:
         for group in _groups(_pieces(source, found)):
             encoded = tokenizer.encode_batch([piece.text for piece in group])
             for piece, ids in zip(group, encoded, strict=True):
