@@ -38,12 +38,12 @@ run = RunConfig(
         adam_lr_ratio=1.0,
     ),
     train=TrainConfig(
-        steps=220,
+        steps=280,
         batch_size=8,
         seq_len=128,
         loss_chunk=128,
-        eval_every=220,
-        save_every=220,
+        eval_every=280,
+        save_every=280,
         sample_tokens=0,
     ),
 )
