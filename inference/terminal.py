@@ -2,16 +2,13 @@
 
 import sys
 from collections.abc import Callable
-from typing import TextIO
 
 from inference.conversation import Conversation
 
 COMMANDS = "/reset forgets the conversation, /exit ends it; ctrl-C stops an answer"
 
 
-def converse(
-    conversation: Conversation, *, ask: Callable[[], str], out: TextIO = sys.stdout, err: TextIO = sys.stderr
-) -> int:
+def converse(conversation: Conversation, *, ask: Callable[[], str]) -> int:
     """Take turns till the lines end; -> exit status 2 where a turn was refused, else 0."""
     status = 0
     while True:
@@ -20,16 +17,16 @@ def converse(
         except EOFError:
             return status
         except KeyboardInterrupt:
-            print(f"\n{COMMANDS}", file=err)
+            print(f"\n{COMMANDS}", file=sys.stderr)
             continue
         if line == "/exit":
             return status
         if line == "/reset":
             conversation.reset()
         elif is_command(line):
-            print(f"there is no {line}; {COMMANDS}", file=err)
+            print(f"there is no {line}; {COMMANDS}", file=sys.stderr)
         elif line:
-            status = max(status, turn(conversation, line, out, err))
+            status = max(status, turn(conversation, line))
 
 
 def is_command(line: str) -> bool:
@@ -37,18 +34,18 @@ def is_command(line: str) -> bool:
     return line.startswith("/") and line[1:].isalpha()
 
 
-def turn(conversation: Conversation, line: str, out: TextIO, err: TextIO) -> int:
+def turn(conversation: Conversation, line: str) -> int:
     """One answer, written as it comes; an interruption or a refusal ends it, not the conversation."""
     try:
         for piece in conversation.say(line):
-            out.write(piece)
-            out.flush()
+            sys.stdout.write(piece)
+            sys.stdout.flush()
     except KeyboardInterrupt:
-        print(" …", file=err)
+        print(" …", file=sys.stderr)
     except ValueError as error:
-        print(f"error: {error}; /reset begins a new conversation", file=err)
+        print(f"error: {error}; /reset begins a new conversation", file=sys.stderr)
         return 2
     finally:
-        out.write("\n")
-        out.flush()
+        sys.stdout.write("\n")
+        sys.stdout.flush()
     return 0
