@@ -7,6 +7,7 @@ rows into as many buffers as there are cores, a weight is read at the speed of t
 import dataclasses
 import math
 from types import EllipsisType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from jaxtyping import Array, Float, Int
 class Slabs:
     """A weight as rows [outputs, inputs], the rows cut into parts. Multiplies as the array it was made from."""
 
-    parts: tuple[Float[Array, "rows inputs"], ...]
+    parts: tuple[Any, ...]  # [rows, inputs] each; the last may have fewer rows
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # of that array
 
     def __getitem__(self, whole: EllipsisType) -> "Slabs":

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int
 
 from model import parameters
 from model.config import ModelConfig
@@ -17,15 +16,15 @@ from parallel.config import AxisRules
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """Donated to every step, saved in every checkpoint."""
+    """Donated to every step, saved in every checkpoint. Holds arrays, or their shapes, or their shardings."""
 
-    step: Int[Array, ""]  # steps done, skipped ones included
-    skipped: Int[Array, ""]  # non-finite steps in a row, 0 after a good one
-    skipped_total: Int[Array, ""]  # non-finite steps in all
+    step: Any  # int32: steps done, skipped ones included
+    skipped: Any  # int32: non-finite steps in a row, 0 after a good one
+    skipped_total: Any  # int32: non-finite steps in all
     parameters: Any
     optimizer: Any
     ema: Any  # averaged parameters, or None
-    key: jax.Array  # the run's random key; step t uses fold_in(key, t)
+    key: Any  # the run's random key; step t uses fold_in(key, t)
 
 
 def create_state(

@@ -75,7 +75,7 @@ def _batch_loss(params: Any, batch: Batch, model: ModelConfig, train: TrainConfi
 def _train_step(state: TrainState, batch: Batch, model, optim, train, optimizer, schedule):
     tokens = jnp.maximum(jnp.sum(batch.mask), 1.0)
     loss, grads = _gradients(state.parameters, batch, tokens, model, train)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     is_good = jnp.isfinite(loss.total) & jnp.isfinite(grad_norm)
     with jax.named_scope("optimizer"), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         updates, fresh = optimizer.update(grads, state.optimizer, state.parameters)
