@@ -8,6 +8,7 @@ import zlib
 import numpy as np
 
 BATCH, LENGTH, VOCAB = 2, 20, 48  # the prompt is longer than every window below
+SENTENCE = "The capital of France is Paris. 17 + 25 = 42.\n\ndef double(x):\n    return 2 * x"  # SmolLM2's prompt
 
 TINY = {
     "vocab_size": VOCAB,

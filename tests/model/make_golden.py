@@ -16,10 +16,9 @@ import numpy as np
 import torch
 import transformers
 
-from tests.model.cases import FIELDS, draw, prompt
+from tests.model.cases import FIELDS, SENTENCE, draw, prompt
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-SENTENCE = "The capital of France is Paris. 17 + 25 = 42.\n\ndef double(x):\n    return 2 * x"
 
 
 def model_of(fields: dict) -> transformers.PreTrainedModel:
