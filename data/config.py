@@ -31,7 +31,7 @@ class DataConfig:
     tokenizer: str = "bpe"  # bpe (trained on the text), byte, char, or a tokenizer.json / Hugging Face folder or name
     bpe_vocab: int = 4096  # tokens of a trained bpe
     valid_fraction: float = 0.05  # of documents (or of the text's end, see split) held out; 0 holds out none
-    split: Literal["auto", "document", "tail"] = "auto"  # hold out documents or the text's end; auto: end if only one
+    split: Literal["auto", "document", "tail"] = "auto"  # hold out documents or the text's end; auto: end if few
     dedup: Literal["none", "exact", "near"] = "exact"  # drop repeated documents; near uses MinHash
     near_threshold: float = 0.8  # Jaccard similarity from which two documents count as near-duplicates
     min_chars: int = 0  # shorter documents are dropped

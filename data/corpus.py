@@ -20,7 +20,7 @@ from data import cache
 from data.cache import Entry, TokenCache
 from data.config import DataConfig, SourceConfig
 from data.huggingface_tokenizer import download_huggingface, load_huggingface
-from data.quality import Report, content_hash
+from data.quality import Repeats, Report, content_hash
 from data.sources import read_with_progress, stat_fingerprint
 from data.survey import Fate, Survey, mark, survey
 from data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, fingerprint, load_tokenizer, train_bpe
@@ -34,6 +34,7 @@ class Corpus:
     """Everything that is known of a run's text when training starts; one cache of each kind for each source."""
 
     tokenizer: Tokenizer
+    sources: tuple[str, ...]  # where the text is from
     train: tuple[TokenCache, ...]
     valid: tuple[TokenCache, ...]
     weights: tuple[float, ...]  # of the sources
@@ -47,9 +48,9 @@ class Corpus:
     def describe(self) -> list[str]:
         """A line for each source."""
         return [
-            f"{report}; {train.num_tokens:,} tokens train, {valid.num_tokens:,} held out "
+            f"{source}: {report}; {train.num_tokens:,} tokens train, {valid.num_tokens:,} held out "
             f"({(train.num_bytes + valid.num_bytes) / max(1, train.num_tokens + valid.num_tokens):.2f} bytes a token)"
-            for report, train, valid in zip(self.reports, self.train, self.valid, strict=True)
+            for source, report, train, valid in zip(self.sources, self.reports, self.train, self.valid, strict=True)
         ]
 
 
@@ -64,6 +65,7 @@ def prepare(config: DataConfig, *, seed: int) -> Corpus:
     tokenizer, entries = found
     return Corpus(
         tokenizer=tokenizer,
+        sources=tuple(source.path for source in config.sources),
         train=tuple(entry.train for entry in entries),
         valid=tuple(entry.valid for entry in entries),
         weights=tuple(source.weight for source in config.sources),
@@ -120,7 +122,8 @@ def _tokenizer_name(tokenizer: Tokenizer) -> str:
 
 
 def _prepare_anew(config: DataConfig, root: pathlib.Path) -> tuple[Tokenizer, list[Entry]]:
-    surveys = [survey(source, config) for source in config.sources]
+    repeats = Repeats(config.dedup, threshold=config.near_threshold)
+    surveys = [survey(source, config, repeats) for source in config.sources]
     tokenizer = _make_tokenizer(config, surveys)
     place = root / _tokenizer_name(tokenizer)
     if not _holds(place, tokenizer):

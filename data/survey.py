@@ -40,10 +40,12 @@ class Survey(NamedTuple):
     report: Report
 
 
-def survey(source: SourceConfig, config: DataConfig) -> Survey:
-    """The first pass over a source: what each document is worth, and what is in it."""
+def survey(source: SourceConfig, config: DataConfig, repeats: Repeats) -> Survey:
+    """The first pass over a source: what each document is worth, and what is in it.
+
+    `repeats` has seen the sources before it, so that a document counts once in a mixture.
+    """
     report, sample = Report(), _Sample(SAMPLE_CHARS if config.tokenizer == "bpe" else 0)
-    repeats = Repeats(config.dedup, threshold=config.near_threshold)
     digest, characters = hashlib.blake2b(digest_size=16), set[str]()
     kept, starts, lengths, places = bytearray(), bytearray(), array.array("q"), array.array("Q")
     for document in read_with_progress(source, "reading"):
@@ -126,14 +128,14 @@ class _Parts(NamedTuple):
 
 
 def _decide(parts: _Parts, config: DataConfig, source: SourceConfig) -> tuple[np.ndarray, int]:
-    """Which documents train and which are held out: by content, or by place in the text.
+    """Which documents train and which are held out: by content, or by place where the fraction makes no whole document.
 
     The content rule moves no document when others come or go, save those at the border; equal texts stay together.
     """
     fates = np.where(parts.kept, Fate.TRAIN, Fate.DROPPED)
     if not config.valid_fraction:
         return fates, 0
-    if config.split == "tail" or (config.split == "auto" and parts.num_texts == 1):
+    if config.split == "tail" or (config.split == "auto" and parts.num_texts * config.valid_fraction < 1):
         return _decide_by_place(fates, parts, config.valid_fraction)
     if parts.num_texts < 2:
         raise ValueError(

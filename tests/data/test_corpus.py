@@ -92,7 +92,9 @@ def test_repeats_are_dropped_and_reported(room):
     assert report.documents == 42
     assert report.dropped == {"exact repeat": 1, "empty": 1}
     assert [pathlib.Path(name).name for name in report.names["exact repeat"]] == ["copy.txt"]
-    assert corpus.describe()[0].startswith("42 documents, 0.0 MB, 1 dropped: exact repeat, 1 dropped: empty; ")
+    assert corpus.describe()[0].startswith(
+        f"{room / 'text'}: 42 documents, 0.0 MB, 1 dropped: exact repeat, 1 dropped: empty; "
+    )
 
 
 def test_filters_drop_what_they_say(room):
@@ -136,6 +138,16 @@ def test_the_tail_of_many_texts_is_the_last_of_them(room):
     text = "".join(path.read_text() for path in sorted((room / "text").iterdir()))
     assert "".join(train + valid) == text
     assert len("".join(train)) == int(len(text) * 0.75)
+
+
+@pytest.mark.parametrize(("valid_fraction", "held_out"), [(0.025, 1), (0.024, 1), (0.05, 2)])
+def test_few_documents_are_held_out_by_place(valid_fraction, held_out, room):
+    """Forty documents: from 1/40 on whole ones, below that the end of the last."""
+    train, valid = both(prepare(config(room, valid_fraction=valid_fraction), seed=0))
+    is_cut = valid_fraction < 1 / 40
+    assert len(valid) == held_out
+    assert (valid[0] in (room / "text" / "39.txt").read_text()[1:]) == is_cut
+    assert len(train) == 40 - held_out + is_cut
 
 
 def test_a_long_text_in_parts_equals_the_whole(room, monkeypatch):
@@ -250,6 +262,16 @@ def test_a_mixture_has_a_cache_for_each_source(room):
     assert [tokens.num_documents for tokens in corpus.valid] == [4, 1]
     assert corpus.tokenizer.adds_bos
     assert len(corpus.describe()) == 2
+
+
+def test_a_document_counts_once_in_a_mixture(room):
+    (room / "more").mkdir()
+    for name, text in (("a", "0 alpha text\n"), ("b", "only here\n")):
+        (room / "more" / name).write_text(text)
+    mixture = tuple(SourceConfig(path=str(room / name)) for name in ("text", "more"))
+    corpus = prepare(config(room, path="stdlib", mixture=mixture, valid_fraction=0.0), seed=0)
+    assert documents(corpus.train[1], corpus) == ["only here\n"]
+    assert [report.dropped for report in corpus.reports] == [{}, {"exact repeat": 1}]
 
 
 @pytest.mark.parametrize(

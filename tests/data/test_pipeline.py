@@ -45,6 +45,7 @@ def corpus(sources) -> Corpus:
 def make_corpus(entries: list[cache.Entry], **changes) -> Corpus:
     corpus = Corpus(
         tokenizer=ByteTokenizer(),
+        sources=("test",) * len(entries),
         train=tuple(entry.train for entry in entries),
         valid=tuple(entry.valid for entry in entries),
         weights=(1.0,) * len(entries),
