@@ -319,8 +319,9 @@ def _llama_json(config: ModelConfig, kind: str) -> dict[str, Any]:
         "rope_theta": config.rope_theta,
         "rope_scaling": _scaling_json(config.rope_scaling),
     }
-    if kind != "llama" and kind != "gemma":
+    if kind not in ("llama", "gemma"):
         fields["sliding_window"] = config.window
+    if kind not in ("llama", "gemma", "mistral"):  # transformers takes a Mistral with layer_types for another model
         names = {ours: theirs for theirs, ours in KINDS.items()}
         fields["layer_types"] = [names[kind] for kind in config.layer_kinds]
         fields["use_sliding_window"] = config.window is not None

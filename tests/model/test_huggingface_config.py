@@ -194,6 +194,11 @@ def test_a_model_that_no_architecture_is_like_is_refused():
     odd = dataclasses.replace(from_json(LLAMA), gated=False, activation="relu_squared")
     with pytest.raises(ValueError, match=r"model_type llama is nearest but has gated=True, not False"):
         to_json(odd)
+    mixed = dataclasses.replace(from_json(FIELDS["mistral"]), layers=("window", "global"))
+    with pytest.raises(
+        ValueError, match=r"model_type mistral is nearest but has layers=\('window', 'window', 'window'\)"
+    ):
+        to_json(mixed)
     capped = dataclasses.replace(from_json(LLAMA), final_softcap=30.0)
     with pytest.raises(ValueError, match=r"final_softcap=None, not 30.0"):
         to_json(capped)
