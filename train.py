@@ -40,9 +40,23 @@ def main(arguments: Sequence[str]) -> int:
 
 def start(run: RunConfig) -> int:
     """Take the run apart and hand the loop its pieces; only from here on is anything heavy imported."""
+    from parallel.host_memory import keep_freed_memory
+
+    keep_freed_memory()
     import jax
 
     import training.loop
+    from inference.config import SamplingConfig
+    from parallel.mesh import make_mesh
+
+    def sample(model, parameters, tokenizer, *, prompt: str, num_tokens: int, seed: int) -> str:
+        """What a model of these parameters writes: training and inference know each other only here."""
+        from inference import generate
+
+        mesh, how = make_mesh(run.mesh), SamplingConfig(seed=seed)
+        return generate.sample(
+            model, parameters, tokenizer, mesh, run.rules, prompt=prompt, num_tokens=num_tokens, sampling=how
+        )
 
     run.check_devices(jax.device_count())
     return training.loop.train(
@@ -55,7 +69,7 @@ def start(run: RunConfig) -> int:
         data=run.data,
         optim=run.optim,
         schedule=run.train,
-        sample=None,
+        sample=sample,
     )
 
 

@@ -4,6 +4,8 @@
 tokens of one document is the distance of their columns.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -66,6 +68,7 @@ def _visible(
     return (same & near[None])[:, None, None]
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attend(
     q: Float[Array, "B K G t H"],
     k: Float[Array, "B K s H"],
@@ -74,11 +77,36 @@ def _attend(
     softcap: float | None,
 ) -> Float[Array, "B K G t H"]:
     """softmax(q k) v, divided after the sum over keys: H-wide work instead of s-wide."""
+    return _forward(q, k, v, mask, softcap)[0]
+
+
+def _forward(q, k, v, mask, softcap):
     logits = jnp.einsum("BKGtH,BKsH->BKGts", q, k, preferred_element_type=jnp.float32)
+    slope = None
     if softcap is not None:
-        logits = softcap * jnp.tanh(logits / softcap)
+        bent = jnp.tanh(logits / softcap)
+        logits, slope = softcap * bent, 1 - bent * bent
     logits = jnp.where(mask, logits, HIDDEN)
-    weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
+    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    out = jnp.einsum("BKGts,BKsH->BKGtH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return (out / total).astype(v.dtype)
+    weights = weights.astype(v.dtype)
+    out = jnp.einsum("BKGts,BKsH->BKGtH", weights, v, preferred_element_type=jnp.float32) / total
+    return out.astype(v.dtype), (q, k, v, weights, total, out, slope)
+
+
+def _backward(softcap, residuals, grad):
+    """arXiv:2205.14135, appendix B.2: d logits = weights * (grad vᵀ - grad·out), all divided by the total."""
+    q, k, v, weights, total, out, slope = residuals
+    grad = grad.astype(jnp.float32) / total
+    shared = jnp.sum(grad * out, axis=-1, keepdims=True)
+    grad = grad.astype(v.dtype)
+    d_weights = jnp.einsum("BKGtH,BKsH->BKGts", grad, v, preferred_element_type=jnp.float32)
+    d_logits = weights.astype(jnp.float32) * (d_weights - shared)
+    d_logits = (d_logits if slope is None else d_logits * slope).astype(q.dtype)
+    d_q = jnp.einsum("BKGts,BKsH->BKGtH", d_logits, k)
+    d_k = jnp.einsum("BKGts,BKGtH->BKsH", d_logits, q)
+    d_v = jnp.einsum("BKGts,BKGtH->BKsH", weights, grad)
+    return d_q, d_k, d_v, None
+
+
+_attend.defvjp(_forward, _backward)
