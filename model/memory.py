@@ -70,18 +70,17 @@ class Dense:
 
     def attend(self, q, k, v, queries: Queries, rule: Rule):
         """Write T consecutive tokens from each row's first position on, then look at all slots up to each query."""
-        start = queries.positions[:, 0]
-        after = Dense(place(_write(self.k, k, start), CACHE_NAMES), place(_write(self.v, v, start), CACHE_NAMES))
-        scale, softcap, window = rule
-        out = attention.cached(q, after.k, after.v, queries.positions, window=window, scale=scale, softcap=softcap)
+        at, (scale, softcap, window) = queries.positions, rule
+        after = Dense(place(_write(self.k, k, at), CACHE_NAMES), place(_write(self.v, v, at), CACHE_NAMES))
+        out = attention.cached(q, after.k, after.v, at, window=window, scale=scale, softcap=softcap)
         return out, after
 
 
-def _write(cache: Float[Array, "B K S H"], new: Float[Array, "B T K H"], start: Int[Array, "B"]):
-    def one(row, fresh, at):
-        return jax.lax.dynamic_update_slice(row, fresh, (jnp.int32(0), at, jnp.int32(0)))
-
-    return jax.vmap(one)(cache, rearrange(new, "B T K H -> B K T H").astype(cache.dtype), start)
+def _write(cache: Float[Array, "B K S H"], new: Float[Array, "B T K H"], positions: Int[Array, "B T"]):
+    """The cache with each token in the slot of its position, in place where the cache is donated."""
+    B, T, *_ = new.shape
+    rows = jnp.broadcast_to(jnp.arange(B, dtype=positions.dtype)[:, None], (B, T))
+    return cache.at[rows, :, positions].set(new.astype(cache.dtype), mode="promise_in_bounds", unique_indices=True)
 
 
 def dense_cache(config: ModelConfig, batch: int, slots: int) -> "Dense | tuple[Dense, ...]":

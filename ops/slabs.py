@@ -35,7 +35,8 @@ class Slabs:
         left, right = equation.split("->")[0].split(",")
         summed = [letter for letter in left if letter in right]
         kept = x.shape[: x.ndim - len(summed)]
-        rows = x.reshape(math.prod(kept), -1)
+        # the barrier keeps the input from being computed again in every part's product
+        rows = jax.lax.optimization_barrier(x.reshape(math.prod(kept), -1))
         product = jnp.concatenate([rows @ part.T for part in self.parts], axis=-1)
         outputs = [size for letter, size in zip(right, self.shape, strict=True) if letter not in summed]
         return product.reshape(*kept, *outputs)
