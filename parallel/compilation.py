@@ -15,7 +15,12 @@ def cache_compilations(folder: pathlib.Path | None = None) -> pathlib.Path | Non
 
     -> the folder, or None where it cannot be written: then everything works as before, only slower to start.
     A folder that the user gave to jax itself (JAX_COMPILATION_CACHE_DIR) is left as it is.
+    A CPU cut into several devices keeps nothing: a program read back by XLA:CPU has lost the order of its collectives,
+    and its devices wait for each other until XLA ends the process (docs/design/checkpoints.md).
     """
+    if jax.default_backend() == "cpu" and jax.device_count() > 1:
+        jax.config.update("jax_enable_compilation_cache", False)
+        return None
     given = jax.config.values["jax_compilation_cache_dir"]
     if given:
         return pathlib.Path(given)

@@ -5,7 +5,9 @@ import pathlib
 import subprocess
 import sys
 
-from parallel.compilation import default_folder, machine
+import jax
+
+from parallel.compilation import cache_compilations, default_folder, machine
 
 ROOT = pathlib.Path(__file__).parents[2]
 PROGRAM = """
@@ -46,6 +48,15 @@ def test_a_folder_that_cannot_be_made_is_no_error(tmp_path):
     (tmp_path / "file").write_text("in the way")
     *_, folder = run(tmp_path / "file")
     assert folder == "None"
+
+
+def test_a_cpu_of_several_devices_keeps_nothing(monkeypatch, tmp_path):
+    """Here are eight. Read back, the second run of a program with two all-reduces hung in two processes of two."""
+    monkeypatch.setattr(jax.config, "update", lambda name, value: changed.update({name: value}))
+    changed = {}
+    assert cache_compilations(tmp_path) is None
+    assert changed == {"jax_enable_compilation_cache": False}
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_folder_follows_the_users_cache(monkeypatch, tmp_path):
