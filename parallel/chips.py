@@ -3,6 +3,7 @@
 import functools
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ PEAK_FLOPS = {
 }
 
 
-def peak_flops(device: jax.Device) -> float:
+def peak_flops(device: Any) -> float:
     """FLOP/s that one device reaches at best: from the table, else the best float32 matmul of 0.2 s.
 
     The devices of one CPU share its cores, so each has its part of the measured figure.
@@ -35,7 +36,7 @@ def peak_flops(device: jax.Device) -> float:
 
 
 @functools.cache
-def measured_flops(device: jax.Device, *, size: int = 1024, seconds: float = 0.1) -> float:
+def measured_flops(device: Any, *, size: int = 1024, seconds: float = 0.1) -> float:
     """The best float32 matmul of a device; a CPU's is the better of XLA's and NumPy's, each tried for `seconds`.
 
     Cached for the process, and only as quiet as the machine was.

@@ -110,13 +110,14 @@ class Loop:
         self._running: Running | None = None
         self._began = 0.0  # when the devices began the step that runs
 
-    def run(self, interruption: Interruption) -> None:
+    def run(self, interruption: Interruption, *, once_started: Callable[[], object]) -> None:
         """Step, evaluate and save as scheduled until the last step, or until interrupted; then save."""
         schedule, first = self.task.schedule, self.step + 1
         while self.step < schedule.steps and not interruption.name:
             self.advance()
             if self.step == first:
                 self.settle()  # the devices are idle once, so that peak_flops can measure them
+                once_started()
             if self.step % schedule.eval_every == 0 or self.step == schedule.steps:
                 self.evaluate()
             if self.step % schedule.save_every == 0:
@@ -129,7 +130,8 @@ class Loop:
         before, loaded = self._running, self._next
         if before is None:
             self._began = time.perf_counter()
-        self.state, values = self.task.steps.train(self.state, loaded.batch)
+        with jax.transfer_guard("disallow"):  # nothing goes to or from the devices unasked
+            self.state, values = self.task.steps.train(self.state, loaded.batch)
         self.step += 1
         self._running, self._cursor = Running(self.step, values, loaded.data_wait), loaded.cursor
         self._next = load(self.task, self.loader)
@@ -237,6 +239,8 @@ def train(
             return 0
         grid, corpus = make_mesh(mesh), preparing.result()
         model = with_vocabulary(model, corpus.tokenizer.vocab_size)
+        if sample is not None and schedule.sample_tokens:
+            check_prompt(schedule.sample_prompt, corpus, model)
         config = {**config, "model": {**config["model"], "vocab_size": model.vocab_size}}
         steps = make_steps(model, optim, schedule, grid, rules)
         task = Task(folder, config, seed, model, schedule, grid, steps, corpus, sample)
@@ -245,8 +249,7 @@ def train(
         corpus.tokenizer.save(folder / "tokenizer")
         run_folder.write(folder / "config.json", json.dumps(config, indent=2))
         with contextlib.closing(Loop(task, start)) as loop:
-            pool.submit(get_ready, loop)
-            loop.run(interruption)
+            loop.run(interruption, once_started=lambda: pool.submit(get_ready, loop))
         metrics.plot(folder)
         print(ending(loop, interruption))
     return 0
@@ -262,6 +265,19 @@ def with_vocabulary(model: ModelConfig, num_tokens: int) -> ModelConfig:
             f"raise it to at least {num_tokens}, or give 0 to take the tokenizer's"
         )
     return model
+
+
+def check_prompt(prompt: str, corpus: pipeline.Corpus, model: ModelConfig) -> None:
+    """Raise ValueError now for a sample_prompt that no evaluation could continue."""
+    try:
+        length = len(corpus.tokenizer.encode(prompt)) + corpus.tokenizer.adds_bos
+    except ValueError as error:
+        raise ValueError(f"train.sample_prompt={prompt!r}: {error}") from error
+    if not 0 < length < model.max_length:
+        raise ValueError(
+            f"train.sample_prompt={prompt!r} is {length} tokens long and model.max_length={model.max_length} has room "
+            f"for 1 to {model.max_length - 1}; change the prompt, or give train.sample_tokens=0 to sample nothing"
+        )
 
 
 def opening(task: Task, found: Checkpoint | None, moved: dict[str, tuple[Any, Any]]) -> Iterator[str]:
@@ -306,9 +322,7 @@ def made_start(
     else:
         state = checkpoint.load(found, shapes)
     compiling.result()
-    ready = time.perf_counter()
-    first = loading.result()._replace(data_wait=time.perf_counter() - ready)
-    return Start(0 if found is None else found.step, state, loader, first)
+    return Start(0 if found is None else found.step, state, loader, loading.result()._replace(data_wait=0.0))
 
 
 def load(task: Task, loader: pipeline.TrainLoader) -> Loaded:

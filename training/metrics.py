@@ -23,9 +23,11 @@ class MetricsLog:
     def __init__(self, folder: pathlib.Path):
         path = folder / "metrics.jsonl"
         drop_half_line(path)
-        self._folder, self._flushed = folder, time.monotonic()
         self._lines = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        self._events: Any = None  # opened with the first record: the import should not delay the first step
+        self._folder = folder
+        self._events: Any = None
+        self._waiting: list[tuple[float, Record]] = []  # for TensorBoard's file, with their times
+        self._flushed = time.time()
 
     def write(self, record: Record) -> None:
         """Append one record; a line is written in one call, so a reader sees it whole or not at all."""
@@ -33,15 +35,24 @@ class MetricsLog:
         line = (json.dumps(record, allow_nan=False) + "\n").encode()
         if os.write(self._lines, line) != len(line):
             raise OSError("metrics.jsonl: the disk is full; make room and give the same command again")
-        self._events = self._events or _events(self._folder, int(record["step"] or 0))
-        self._events.write_event(_event(record))
-        if time.monotonic() > self._flushed + FLUSH_SECONDS:
+        self._waiting.append((time.time(), record))
+        if time.time() > self._flushed + FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Bring TensorBoard's file up to date; not before the first step, which the import would delay."""
+        waiting, self._waiting, self._flushed = self._waiting, [], time.time()
+        if waiting and self._events is None:
+            self._events = _events(self._folder, int(waiting[0][1]["step"] or 0))
+        for at, record in waiting:
+            self._events.write_event(_event(at, record))
+        if waiting:
             self._events.flush()
-            self._flushed = time.monotonic()
 
     def close(self) -> None:
         """Push everything out."""
         os.close(self._lines)
+        self.flush()
         if self._events is not None:
             self._events.close()
 
@@ -109,12 +120,12 @@ def _events(folder: pathlib.Path, step: int) -> Any:
     return events
 
 
-def _event(record: Record) -> Any:
+def _event(at: float, record: Record) -> Any:
     """One record as one event."""
     summary = _proto("summary").Summary
     measured = {name: value for name, value in record.items() if name != "step" and value is not None}
     values = [summary.Value(tag=name, simple_value=value) for name, value in measured.items()]
-    return _proto("event").Event(wall_time=time.time(), step=int(record["step"] or 0), summary=summary(value=values))
+    return _proto("event").Event(wall_time=at, step=int(record["step"] or 0), summary=summary(value=values))
 
 
 def _proto(name: str) -> Any:
