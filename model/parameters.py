@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 from model.config import ModelConfig
 from model.decoder import Decoder
 from model.layers import names_of
-from ops.slabs import Slabs, slabs
 from parallel.config import AxisRules
 from parallel.sharding import Names, sharding, use
 
@@ -64,17 +63,6 @@ def summed_dims(names: Names) -> tuple[int, ...] | None:
     if len(dims) < 2 or "embed" not in names or None in names:
         return None
     return (dims[0],) if names[dims[0]] == "embed" else (dims[-1],) if "vocab" in names else tuple(dims[:-1])
-
-
-def slabbed(config: ModelConfig, parameters: Parameters, num_parts: int) -> Parameters:
-    """The same parameters of unrolled layers with every matrix cut into slabs, which decoding on a CPU wants."""
-    assert not config.scan_layers
-
-    def cut(w: jax.Array, names: Names) -> jax.Array | Slabs:
-        summed = summed_dims(names)
-        return w if summed is None else slabs(w, summed, num_parts)
-
-    return jax.tree.map(cut, parameters, abstract(config).names)
 
 
 def initialize(config: ModelConfig, mesh: Mesh, rules: AxisRules, *, key: jax.Array) -> Parameters:
