@@ -71,7 +71,7 @@ class HuggingFaceTokenizer:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, " tokens"]]:
-        """Tokens of many texts, on all cores; ASCII goes by the table of words where that gives the same tokens."""
+        """Tokens of many texts, by the table of words where that gives the same tokens, else on all cores."""
         in_table = [self._words is not None and self._by_words(text) for text in texts]
         others = iter(self._encode_each([text for text, is_in in zip(texts, in_table, strict=True) if not is_in]))
         if self._words is None:
@@ -83,7 +83,7 @@ class HuggingFaceTokenizer:
         return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _by_words(self, text: str) -> bool:
-        return text.isascii() and not any(token in text for token in self._added)
+        return not any(token in text for token in self._added)
 
     @functools.cached_property
     def _added(self) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
-"""Byte-level BPE of ASCII text through a table of its words. Knows how GPT-2 cuts words; knows no tokenizer file.
+"""Byte-level BPE of text through a table of its words. Knows how GPT-2 cuts words; knows no tokenizer file.
 
-Text repeats its words, so each distinct word is merged once and a text is looked up word by word. On source code this
-takes a quarter of the time that `tokenizers` spends on cutting and merging each word anew (docs/design/data.md).
+Text repeats its words, so each distinct word is merged once and a text is looked up word by word. This takes a
+quarter of the time that `tokenizers` spends on cutting and merging each word anew (docs/design/data.md).
 """
 
 import re
@@ -11,8 +11,10 @@ import numpy as np
 from jaxtyping import Int32
 
 # GPT-2's rule with its \p{L} and \p{N} written out for ASCII, where they mean just this.
-WORD = re.compile(r"'(?:s|t|re|ve|m|ll|d)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII)
-MAX_WORDS = 1_000_000  # the table starts anew beyond this, so that its memory is bounded
+ASCII_WORD = re.compile(r"'(?:s|t|re|ve|m|ll|d)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII)
+# Elsewhere larger pieces serve: the rule always cuts where a blank follows a non-blank, and never looks back.
+PIECE_END = re.compile(r"(?<=[!-~])(?=[ \t-\r])")
+MAX_WORDS = 1 << 19  # the table starts anew beyond this, so that its memory is bounded
 
 
 class _Numbers(dict[str, int]):
@@ -37,10 +39,10 @@ class WordTable:
         self._tokens = np.zeros(0, np.int32)
 
     def encode(self, texts: Sequence[str]) -> list[Int32[np.ndarray, " tokens"]]:
-        """Tokens of each ASCII text: what encoding each text as a whole gives."""
+        """Tokens of each text: what encoding it as a whole gives."""
         if len(self._numbers) > MAX_WORDS:
             self._forget()
-        words = [self._number(WORD.findall(text)) for text in texts]
+        words = [self._number(_cut(text)) for text in texts]
         self._learn(list(self._numbers)[len(self._starts) :])
         return [self._join(numbers) for numbers in words]
 
@@ -61,3 +63,8 @@ class WordTable:
         ends = np.cumsum(lengths)
         total = int(ends[-1]) if len(ends) else 0
         return self._tokens[np.arange(total) + np.repeat(self._starts[numbers] - (ends - lengths), lengths)]
+
+
+def _cut(text: str) -> list[str]:
+    """A text in words or pieces that give the same tokens alone as in the text."""
+    return ASCII_WORD.findall(text) if text.isascii() else PIECE_END.split(text)

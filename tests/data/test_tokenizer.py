@@ -119,6 +119,17 @@ def test_the_table_of_words_equals_tokenizers(bpe, texts):
     assert [ids.tolist() for ids in bpe.encode_batch(texts)] == [bpe.encode(text) for text in texts]
 
 
+def test_every_character_is_cut_as_tokenizers_cuts_it(bpe):
+    """Blanks, letters and digits of all kinds, beside ASCII ones, alone in a text and within one."""
+    characters = [chr(point) for point in range(0x3100)]
+    texts = [
+        f"a{character}b {character} 1{character}\n {character}{character} \t{character}" for character in characters
+    ]
+    texts += ["".join(texts[:0x400]), "".join(texts)]
+    assert bpe._words is not None
+    assert [ids.tolist() for ids in bpe.encode_batch(texts)] == bpe._encode_each(texts)
+
+
 def test_the_table_of_words_starts_anew_when_full(bpe, monkeypatch):
     monkeypatch.setattr("data.words.MAX_WORDS", 3)
     for text in ("one two three four", "five six", "one two"):
