@@ -13,9 +13,9 @@ run = RunConfig(
     model=ModelConfig(
         embed_dim=128,
         num_layers=2,
-        num_heads=4,
-        num_kv_heads=4,
-        head_dim=32,
+        num_heads=2,
+        num_kv_heads=2,
+        head_dim=64,
         ffn_dim=384,
         max_length=128,
         rope_theta=10_000.0,
@@ -25,7 +25,6 @@ run = RunConfig(
         activation="relu_squared",
         embed_scale=True,
         tied=False,
-        scan_layers=False,
     ),
     data=DataConfig(tokenizer="char", valid_fraction=0.1, split="tail", dedup="none", packing="stream"),
     optim=OptimConfig(
@@ -38,12 +37,12 @@ run = RunConfig(
         adam_lr_ratio=1.0,
     ),
     train=TrainConfig(
-        steps=280,
+        steps=250,
         batch_size=8,
         seq_len=128,
         loss_chunk=128,
-        eval_every=280,
-        save_every=280,
+        eval_every=250,
+        save_every=250,
         sample_tokens=0,
     ),
 )
