@@ -4,6 +4,7 @@ Names and layouts follow llama.cpp's convert_hf_to_gguf.py: it permutes the q an
 pairs (2h, 2h + 1), which the layout "(N h two) D -> D N (two h)" undoes; it stores Gemma's norm scales with their 1.
 """
 
+import functools
 import math
 import pathlib
 from collections.abc import Mapping
@@ -79,7 +80,8 @@ def load(
 
 def load_parameters(file: gguf_file.File, config: ModelConfig, mesh: Mesh, rules: AxisRules) -> Parameters:
     """The float32 parameters of an open file, in the shape that `config_of` found in it."""
-    foreign = Foreign(str(file.path), {name: block.shape for name, block in file.blocks.items()}, file.read)
+    shapes = {name: block.shape for name, block in file.blocks.items()}
+    foreign = Foreign(str(file.path), shapes, functools.lru_cache(maxsize=1)(file.read))  # shards follow one another
     places = slots(config, file.metadata["general.architecture"])
     return weights.assemble(config, places, foreign, mesh, rules, spare=SPARE)
 

@@ -65,6 +65,8 @@ def open_file(path: pathlib.Path | str) -> File:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     align = metadata.get("general.alignment", 32)
+    if align < 1:
+        raise ValueError(f"{path}: general.alignment={align} must be at least 1; the file is damaged: fetch it again")
     start = -(-at // align) * align
     blocks = {name: _block(path, name, *rest, data_start=start) for name, *rest in table}
     end = max((block.start + block.size for block in blocks.values()), default=start)

@@ -142,6 +142,19 @@ def test_gguf_holds_what_hugging_face_holds(name, mesh, tmp_path):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 if config.norm_zero_centered else 0)
 
 
+def test_a_tensor_is_dequantised_once_for_all_its_shards(monkeypatch, tmp_path):
+    config, tensors = case_of("llama")
+    write(tmp_path / "model.gguf", "llama", config, tensors)
+    reads = []
+    whole = gguf.gguf_file.File.read
+    monkeypatch.setattr(gguf.gguf_file.File, "read", lambda file, name: reads.append(name) or whole(file, name))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    _, parameters = gguf.load(tmp_path / "model.gguf", mesh, RULES, scan_layers=False)
+    assert sorted(reads) == sorted(set(reads))
+    expected = tensors["model.layers.1.mlp.up_proj.weight"].T
+    np.testing.assert_array_equal(parameters["layers"][1]["ffn"]["up"], expected)
+
+
 def test_smollm2_is_the_familys_value():
     path = smollm2_file()
     if path is None:

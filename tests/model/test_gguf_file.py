@@ -183,6 +183,16 @@ def test_files_that_end_too_early_are_named(tmp_path):
         gguf_file.open_file(tmp_path / "nowhere.gguf")
 
 
+def test_a_damaged_alignment_is_named(tmp_path):
+    path = write(tmp_path / "m.gguf", [("w", np.ones((8, 32), np.float32), None)])
+    whole = bytearray(path.read_bytes())
+    at = whole.index(b"general.alignment") + len(b"general.alignment") + 4
+    whole[at : at + 4] = bytes(4)
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match=r"general.alignment=0 must be at least 1"):
+        gguf_file.open_file(path)
+
+
 def test_versions_and_types_of_the_future_are_named(tmp_path):
     path = write(tmp_path / "m.gguf", [("w", np.ones((8, 32), np.float32), None)])
     whole = bytearray(path.read_bytes())
