@@ -24,10 +24,10 @@ class Attention(nnx.Module):
         self.v = matrix(v, (D, K, H), names, fan_in=D, scale=scale)
         depth_scale = scale * (2 * config.num_layers) ** -0.5
         self.o = matrix(o, (N, H, D), ("heads", "head", "embed"), fan_in=N * H, scale=depth_scale)
-        heads = {"q_bias": N, "k_bias": K, "v_bias": K}
-        for name, num_heads in heads.items():
-            bias = constant(0.0, (num_heads, H), ("heads", "head")) if config.qkv_bias else nnx.data(None)
-            setattr(self, name, bias)
+        has_bias, names = config.qkv_bias, ("heads", "head")
+        self.q_bias = constant(0.0, (N, H), names) if has_bias else nnx.data(None)
+        self.k_bias = constant(0.0, (K, H), names) if has_bias else nnx.data(None)
+        self.v_bias = constant(0.0, (K, H), names) if has_bias else nnx.data(None)
         self.o_bias = constant(0.0, (D,), (None,)) if config.out_bias else nnx.data(None)
         self.q_norm = Norm(config, H) if config.qk_norm else nnx.data(None)
         self.k_norm = Norm(config, H) if config.qk_norm else nnx.data(None)
@@ -39,7 +39,7 @@ class Attention(nnx.Module):
         q = add_bias(einsum("BTD,DNH->BTNH", x, self.q[...], out=names), self.q_bias)
         k = add_bias(einsum("BTD,DKH->BTKH", x, self.k[...], out=names), self.k_bias)
         v = add_bias(einsum("BTD,DKH->BTKH", x, self.v[...], out=names), self.v_bias)
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rope.turn(q), rope.turn(k)
