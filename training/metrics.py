@@ -95,7 +95,7 @@ def plot(folder: pathlib.Path) -> None:
     axes.set(title=folder.name, xlabel="step", ylabel="loss (nats a token)")
     axes.grid(color="#e6e6e6", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.legend(loc="upper right", frameon=False)
     FigureCanvasAgg(figure).print_png(folder / "loss.png")
 
 
