@@ -31,9 +31,9 @@ class Cache:
     def take(self, rows: int, slots: int) -> Any:
         """The arrays, with room for `slots` tokens in each of `rows` rows; new ones where those here are no use."""
         memory, self._memory = self._memory, None
-        slots = max(power_of_two(slots), SMALLEST)
+        slots = slots_for(slots)
         if memory is None or len(self.held) != rows:
-            memory = steps.empty_memory(program=self.program, rows=rows, slots=slots)
+            memory = steps.empty_memory(self.program, rows, slots)()
         elif slots > self.slots:
             memory = steps.grown_memory(memory, program=self.program, slots=slots)
         else:
@@ -51,6 +51,11 @@ class Cache:
         logits, memory = steps.spread(logits, memory, source, program=self.program)
         self.give(memory, [self.held[row] for row in rows])
         return logits
+
+
+def slots_for(tokens: int) -> int:
+    """Slots of a cache that has to hold so many tokens a row."""
+    return max(power_of_two(tokens), SMALLEST)
 
 
 def shared(one: Prompt, other: Prompt) -> int:

@@ -22,7 +22,6 @@ from inference.steps import CHUNK, Chunk, Cursor, Limits, Program, power_of_two
 from model.config import ModelConfig
 from model.parameters import Parameters
 from parallel.config import AxisRules
-from parallel.sharding import spec
 
 PIECE = 512  # tokens of a prompt read at once, at most
 SMALLEST_PIECE = 16
@@ -137,10 +136,8 @@ class Engine:
         return running._replace(cursor=cursor), chunk
 
     def _padded(self, rows: Sequence, idle) -> list:
-        """Rows for a whole batch: a power of two on each part of the mesh that splits it."""
-        axes = spec(("batch",), self.program.rules)[0] or ()
-        parts = math.prod(self.program.mesh.shape[axis] for axis in ([axes] if isinstance(axes, str) else axes))
-        return [*rows, *[idle] * (parts * power_of_two(-(-len(rows) // parts)) - len(rows))]
+        """Rows for a whole batch."""
+        return [*rows, *[idle] * (self.program.batch(len(rows)) - len(rows))]
 
     def _put(self, host: Any) -> Any:
         """Host arrays on every device of the mesh."""

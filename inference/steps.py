@@ -5,12 +5,15 @@ a piece. The memory is donated: what comes back took its place in the same buffe
 """
 
 import functools
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from inference.sampling import Choice, Knobs, choose, logprobs_of
@@ -18,7 +21,7 @@ from model.config import ModelConfig
 from model.memory import CACHE_NAMES, Queries, dense_cache, dense_grown, dense_rows
 from model.parameters import Parameters, decoder
 from parallel.config import AxisRules
-from parallel.sharding import place, use
+from parallel.sharding import Names, place, spec, use
 
 CHUNK = 32  # tokens a row that one dispatch decodes at most
 SCORED_AT_ONCE = 128  # positions whose logits exist at once, over all rows
@@ -31,6 +34,12 @@ class Program(NamedTuple):
     mesh: Mesh
     rules: AxisRules
     num_tokens: int  # ids from here on have no text and are never chosen
+
+    def batch(self, rows: int) -> int:
+        """The batch for so many rows: a power of two on each part of the mesh that splits it."""
+        axes = spec(("batch",), self.rules)[0] or ()
+        parts = math.prod(self.mesh.shape[axis] for axis in ([axes] if isinstance(axes, str) else axes))
+        return parts * power_of_two(-(-rows // parts))
 
 
 class Prefilled(NamedTuple):
@@ -65,11 +74,32 @@ class Chunk(NamedTuple):
     logprobs: Float[Array, "B C"]
 
 
-@functools.partial(jax.jit, static_argnames=("program", "rows", "slots"))
-def empty_memory(*, program: Program, rows: int, slots: int) -> Any:
-    """A cache with nothing in it."""
-    with use(program.mesh, program.rules):
-        return placed(dense_cache(program.config, rows, slots))
+@functools.cache
+def empty_memory(program: Program, rows: int, slots: int) -> Callable[[], Any]:
+    """What makes a cache with nothing in it."""
+    make = functools.partial(dense_cache, program.config, rows, slots)
+    return jax.jit(make, out_shardings=jax.tree.map(lambda cache: cache.sharding, memory_shapes(program, rows, slots)))
+
+
+def memory_shapes(program: Program, rows: int, slots: int) -> Any:
+    """Shapes and places of a cache."""
+    return jax.tree.map(
+        lambda cache: jax.ShapeDtypeStruct(cache.shape, cache.dtype, sharding=on_mesh(program, cache_names(cache))),
+        jax.eval_shape(functools.partial(dense_cache, program.config, rows, slots)),
+    )
+
+
+def on_mesh(program: Program, names: Names) -> NamedSharding:
+    """Where an array lies between two steps: written as XLA writes it, so that no step is compiled twice for it."""
+    bound = list(spec(names, program.rules)) if program.mesh.size > 1 else []
+    while bound and bound[-1] is None:
+        bound.pop()
+    return NamedSharding(program.mesh, P(*bound))
+
+
+def cache_names(cache: Any) -> Names:
+    """Logical names of one array of a memory, stacked or not."""
+    return (None,) * (cache.ndim - len(CACHE_NAMES)) + CACHE_NAMES
 
 
 @functools.partial(jax.jit, static_argnames=("program", "slots"))
@@ -90,7 +120,7 @@ def spread(
 
 def placed(memory: Any) -> Any:
     """A cache on its mesh."""
-    return jax.tree.map(lambda cache: place(cache, (None,) * (cache.ndim - 4) + CACHE_NAMES), memory)
+    return jax.tree.map(lambda cache: place(cache, cache_names(cache)), memory)
 
 
 @functools.partial(jax.jit, static_argnames="program", donate_argnames=("logits", "memory"))
@@ -114,7 +144,7 @@ def prefill(
         model = decoder(program.config, parameters)
         hidden, memory = model(tokens, queries_from(start, T), memory)
         last = jnp.take_along_axis(hidden, jnp.clip(lengths - 1, 0, T - 1)[:, None, None], axis=1)
-        logits = jnp.where((lengths > 0)[:, None], model.logits(last)[:, 0], logits)
+        logits = place(jnp.where((lengths > 0)[:, None], model.logits(last)[:, 0], logits), (None, None))
     return Prefilled(logits, hidden, memory)
 
 
@@ -151,8 +181,9 @@ def first(
     """Choose each row's first token from its prompt's logits; rows without a budget have ended from the start."""
     none = jnp.zeros_like(position)
     choice = choose(logits, seen, none, knobs, num_tokens=program.num_tokens)
-    cursor = Cursor(none, position - 1, none, limits.budget <= 0, seen)
-    return advanced(cursor, choice, limits), Chunk(*columns(choice))
+    cursor = advanced(Cursor(none, position - 1, none, limits.budget <= 0, seen), choice, limits)
+    with use(program.mesh, program.rules):
+        return everywhere(cursor), Chunk(*columns(choice))
 
 
 def advanced(cursor: Cursor, choice: Choice, limits: Limits) -> Cursor:
@@ -209,7 +240,12 @@ def decode(
         model = decoder(program.config, parameters)
         empty = Chunk(jnp.zeros((B, CHUNK), jnp.int32), jnp.zeros((B, CHUNK), jnp.float32))
         _, cursor, memory, chunk = jax.lax.while_loop(going, body, (jnp.int32(0), cursor, memory, empty))
-    return cursor, memory, chunk
+        return everywhere(cursor), memory, chunk
+
+
+def everywhere(cursor: Cursor) -> Cursor:
+    """The cursor whole on every device: it is small, and the next step finds it where this one did."""
+    return jax.tree.map(lambda x: place(x, (None,) * x.ndim), cursor)
 
 
 def columns(choice: Choice) -> tuple[Int[Array, "B 1"], Float[Array, "B 1"]]:

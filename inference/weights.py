@@ -1,26 +1,32 @@
 """A model that a user named: first its shape and tokenizer, then, when asked, its weights. Knows no prompts."""
 
 import dataclasses
+import functools
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
 
 from data import gguf_tokenizer
 from data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from inference.location import Location
 from model import gguf, gguf_file, huggingface
 from model.config import ModelConfig
-from model.parameters import Parameters, abstract, shardings, unrolled
+from model.parameters import Parameters, abstract, shardings, summed_dims, unrolled
+from ops.slabs import Slabs, slabs
 from parallel import checkpoint
 from parallel.config import AxisRules
 from parallel.records import from_dict
 
 Dtype = Literal["float32", "bfloat16"]
+MOST_SLABS = 8  # a few cores read as fast as the memory gives; more parts would only be more programs to start
 
 
 class Model(NamedTuple):
@@ -90,7 +96,7 @@ def open_run(folder: pathlib.Path) -> Model:
         raise ValueError(f"{folder / 'config.json'}: {error}; was the run made by another version?") from error
     newest = checkpoint.newest(folder / "checkpoints", lambda line: print(line, file=sys.stderr))
     if newest is None:
-        raise ValueError(f"{folder} has no checkpoint yet; train it first, or further: train.py saves every save_every")
+        raise ValueError(f"{folder} has no checkpoint yet; train it first: train.py saves every train.save_every steps")
     config = dataclasses.replace(stacked, scan_layers=False, remat="none")
 
     def load(mesh: Mesh, rules: AxisRules) -> Parameters:
@@ -114,3 +120,74 @@ def check_vocabulary(model: Model) -> None:
             f"{model.name}: the tokenizer has {num_tokens} tokens but the weights have {V} rows for them; "
             "they do not belong together: give the tokenizer that the weights were trained with"
         )
+
+
+def serving_parameters(config: ModelConfig, parameters: Parameters, mesh: Mesh) -> tuple[ModelConfig, Parameters]:
+    """The decoder as this mesh decodes best: layers apart, matrices in the type they multiply in and, on a CPU, cut.
+
+    Leaf by leaf: where the caller keeps no `parameters`, no more than one leaf is there twice.
+    """
+    if config.scan_layers:
+        parameters = jax.jit(lambda stacked: unrolled(config, stacked)[1])(parameters)
+        config = dataclasses.replace(config, scan_layers=False)
+    leaves, tree = jax.tree.flatten(parameters)
+    del parameters
+    cut = [settled(serve(leaves.pop(0)), mesh) for serve in servers(config, mesh)]
+    return config, jax.tree.unflatten(tree, cut)
+
+
+def settled(leaf: Any, mesh: Mesh) -> Any:
+    """A leaf with its place written in one way: on one device many mean the same, and steps are compiled for each."""
+    return jax.device_put(leaf, NamedSharding(mesh, P())) if mesh.size == 1 else leaf
+
+
+def serving_shapes(config: ModelConfig, mesh: Mesh, rules: AxisRules) -> Parameters:
+    """Shapes and places of what `serving_parameters` gives for layers apart; computes nothing."""
+
+    def shape(serve: Callable, leaf: jax.ShapeDtypeStruct, where: NamedSharding) -> Any:
+        where = NamedSharding(mesh, P()) if mesh.size == 1 else where
+        return jax.tree.map(
+            lambda part: jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=where), jax.eval_shape(serve, leaf)
+        )
+
+    leaves, tree = jax.tree.flatten(abstract(config).shapes)
+    places = jax.tree.leaves(shardings(config, mesh, rules))
+    return jax.tree.unflatten(tree, map(shape, servers(config, mesh), leaves, places))
+
+
+def servers(config: ModelConfig, mesh: Mesh) -> list[Callable[[Any], Any]]:
+    """For each leaf of the parameters, what makes of it what is served."""
+    names = jax.tree.leaves(abstract(config).names, is_leaf=lambda names: isinstance(names, tuple))
+    how = {"num_parts": num_slabs(mesh), "dtype": config.compute_dtype}
+    return [
+        kept if summed is None or how == {"num_parts": 1, "dtype": "float32"} else functools.partial(
+            served, summed=summed, **how
+        )
+        for summed in map(summed_dims, names)
+    ]  # fmt: skip
+
+
+def kept(w: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Norms, biases, positions: as they are."""
+    return w
+
+
+@functools.partial(jax.jit, static_argnames=("summed", "num_parts", "dtype"))
+def served(
+    w: Float[Array, "..."], *, summed: tuple[int, ...], num_parts: int, dtype: Dtype
+) -> Float[Array, "..."] | Slabs:
+    """A matrix in the type it multiplies in, in slabs where there are several."""
+    w = w.astype(dtype)
+    return slabs(w, summed, num_parts) if num_parts > 1 else w
+
+
+def num_slabs(mesh: Mesh) -> int:
+    """Parts of each matrix: one a core where one CPU device does all the work; several devices have their own parts."""
+    if mesh.size > 1 or mesh.devices.flat[0].platform != "cpu":
+        return 1
+    return min(MOST_SLABS, cores())
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

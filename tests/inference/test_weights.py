@@ -1,0 +1,55 @@
+"""What is served is the same model, in the shapes that were foretold."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from inference import weights
+from inference.engine import Engine
+from inference.weights import serving_parameters, serving_shapes
+from ops.slabs import Slabs
+from parallel.config import AxisRules, MeshConfig
+from tests.inference.small import GPT2, ONE, V, engine, mesh_of, parameters, row, run
+
+PROMPT = (5, 4, 3)
+
+
+@pytest.fixture(autouse=True)
+def _three_cores(monkeypatch):
+    monkeypatch.setattr(weights, "cores", lambda: 3)
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_a_cpu_is_served_slabs_of_the_same_model(scan_layers):
+    config = dataclasses.replace(GPT2, scan_layers=scan_layers)
+    served_config, served = serving_parameters(config, parameters(config), mesh_of(ONE))
+    assert served_config == GPT2
+    assert isinstance(served["layers"][0]["attention"]["q"], Slabs)
+    assert len(served["embedding"]["tokens"].parts) == 3
+    plain, cut = engine(GPT2), Engine(served_config, served, mesh_of(ONE), AxisRules(), num_tokens=V)
+    (tokens, logprobs), (expected, expected_logprobs) = run(cut, [row(PROMPT)])[0], run(plain, [row(PROMPT)])[0]
+    assert tokens == expected
+    np.testing.assert_allclose(logprobs, expected_logprobs, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mesh", [ONE, MeshConfig(data=2, tensor=2)])
+def test_shapes_are_foretold(mesh, dtype):
+    config = dataclasses.replace(GPT2, compute_dtype=dtype)
+    _, served = serving_parameters(config, parameters(GPT2, mesh), mesh_of(mesh))
+    foretold = serving_shapes(config, mesh_of(mesh), AxisRules())
+    assert jax.tree.structure(served) == jax.tree.structure(foretold)
+    for leaf, shape in zip(jax.tree.leaves(served), jax.tree.leaves(foretold), strict=True):
+        assert (leaf.shape, leaf.dtype) == (shape.shape, shape.dtype)
+        assert leaf.sharding.is_equivalent_to(shape.sharding, leaf.ndim)
+    assert served["norm"]["scale"].dtype == jnp.float32
+    assert jax.tree.leaves(served["embedding"]["tokens"])[0].dtype == dtype
+
+
+def test_several_devices_keep_whole_matrices():
+    mesh = mesh_of(MeshConfig(data=2, tensor=2))
+    assert weights.num_slabs(mesh) == 1
+    assert weights.num_slabs(mesh_of(ONE)) == 3
