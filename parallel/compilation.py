@@ -4,10 +4,12 @@ import hashlib
 import os
 import pathlib
 import platform
+import time
 
 import jax
 
 LIMIT = 2 * 2**30  # bytes; the least recently used programs go first
+BEING_WRITTEN = 60.0  # seconds for which another process may still be writing a program
 
 
 def cache_compilations(folder: pathlib.Path | None = None) -> pathlib.Path | None:
@@ -31,11 +33,23 @@ def cache_compilations(folder: pathlib.Path | None = None) -> pathlib.Path | Non
         return None
     if not os.access(folder, os.W_OK):
         return None
+    sweep(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", LIMIT)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     return folder
+
+
+def sweep(folder: pathlib.Path) -> None:
+    """Remove what a killed process left half written: jax writes a program, then the time of its last use beside it.
+
+    It stumbles over a program without that time whenever it makes room, and over half a program whenever it reads it.
+    """
+    for program in folder.glob("*-cache"):
+        last_use = program.with_name(program.name.removesuffix("-cache") + "-atime")
+        if not last_use.exists() and time.time() - program.stat().st_mtime > BEING_WRITTEN:
+            program.unlink(missing_ok=True)
 
 
 def default_folder() -> pathlib.Path:

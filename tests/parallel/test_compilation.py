@@ -7,7 +7,7 @@ import sys
 
 import jax
 
-from parallel.compilation import cache_compilations, default_folder, machine
+from parallel.compilation import cache_compilations, default_folder, machine, sweep
 
 ROOT = pathlib.Path(__file__).parents[2]
 PROGRAM = """
@@ -57,6 +57,15 @@ def test_a_cpu_of_several_devices_keeps_nothing(monkeypatch, tmp_path):
     assert cache_compilations(tmp_path) is None
     assert changed == {"jax_enable_compilation_cache": False}
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_swept_away(tmp_path):
+    for name in ("whole-cache", "whole-atime", "half-cache", "begun-cache"):
+        (tmp_path / name).write_bytes(b"program")
+    for name in ("whole-cache", "half-cache"):
+        os.utime(tmp_path / name, (1e9, 1e9))
+    sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["begun-cache", "whole-atime", "whole-cache"]
 
 
 def test_the_folder_follows_the_users_cache(monkeypatch, tmp_path):
