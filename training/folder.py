@@ -8,6 +8,7 @@ runs/<name>/lock            held by the process that trains
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -17,13 +18,14 @@ from typing import Any
 
 # Where and how fast a run computes, not what: these may change between the parts of a run.
 FREE = ("name", "out", "mesh", "rules", "data.workers", "data.prefetch", "data.cache_dir")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)  # a disk that takes no more
 
 
 @contextlib.contextmanager
 def held(folder: pathlib.Path) -> Iterator[None]:
     """Make the folder and keep other processes from training in it.
 
-    Raises ValueError where it is something else or held already, OSError where it cannot be written.
+    Raises ValueError where it is something else or held already, OSError where it cannot be written, now or later.
     """
     if folder.exists() and not (folder / "config.json").exists() and any(p.name != "lock" for p in folder.iterdir()):
         raise ValueError(f"{folder} exists and is no run (it has no config.json); give another name=NAME or out=DIR")
@@ -37,6 +39,13 @@ def held(folder: pathlib.Path) -> Iterator[None]:
     try:
         _lock(lock, folder)
         yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise OSError(
+            f"{error.filename or folder} could not be written: {error.strerror}; the checkpoints are whole: "
+            "make room or grant write access, then give the same command again"
+        ) from error
     finally:
         os.close(lock)
 

@@ -4,6 +4,7 @@
 {"step": 5, "eval_loss": 5.31}
 """
 
+import errno
 import importlib
 import json
 import math
@@ -34,7 +35,7 @@ class MetricsLog:
         record = {name: value if value is not None and math.isfinite(value) else None for name, value in record.items()}
         line = (json.dumps(record, allow_nan=False) + "\n").encode()
         if os.write(self._lines, line) != len(line):
-            raise OSError("metrics.jsonl: the disk is full; make room and give the same command again")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._waiting.append((time.time(), record))
         if time.time() > self._flushed + FLUSH_SECONDS:
             self.flush()

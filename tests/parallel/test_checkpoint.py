@@ -1,5 +1,6 @@
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -231,6 +232,28 @@ def test_a_disk_without_room_is_one_line_and_the_last_checkpoint_stays(saved, mo
     found = newest(saved, no_report)
     assert found is not None
     assert found.step == 3
+
+
+def test_a_disk_that_fills_up_meanwhile_is_one_line_too(tmp_path):
+    """A limit on the size of files stands for the disk: Orbax meets it in the background, in another thread."""
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    x = {"x": jax.random.normal(jax.random.key(0), (256, 1024))}
+    checkpoints.save(1, x, {})
+    checkpoints.wait()
+    _, hard = before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        checkpoints.save(2, x, {})
+        with pytest.raises(OSError, match=r"00000002 was not written: File too large; .* are whole") as error:
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(error.value)
+    assert [path.name for path in checkpoint.written(tmp_path)] == ["00000001"]
+    checkpoints = Checkpoints(tmp_path, keep=2)  # the same command again, with room
+    checkpoints.save(2, x, {})
+    checkpoints.wait()
+    assert sorted(os.listdir(tmp_path)) == ["00000001", "00000002"]
 
 
 KILLED = """

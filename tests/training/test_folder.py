@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 
 import pytest
 
@@ -99,6 +101,14 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     with refused as error, held(tmp_path / "runs" / "a"):
         pass
     assert "\n" not in str(error.value)
+
+
+def test_a_disk_that_fills_up_is_one_line(tmp_path):
+    said = pytest.raises(OSError, match=r"run could not be written: No space left on device; the checkpoints are whole")
+    with said, held(tmp_path / "run"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(FileNotFoundError, match="No such file or directory: 'text'"), held(tmp_path / "run"):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "text")
 
 
 def test_a_file_is_written_whole(tmp_path):

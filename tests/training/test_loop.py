@@ -9,6 +9,8 @@ import json
 import math
 import os
 import pathlib
+import re
+import shutil
 import signal
 
 import jax
@@ -183,6 +185,22 @@ def test_another_mesh_goes_on_with_the_same_batches_and_losses(done, base, capsy
     for name in ("loss", "eval_loss", "grad_norm"):
         np.testing.assert_allclose(metrics.latest(moved, name)[1], metrics.latest(stayed, name)[1], rtol=2e-5)
     assert json.loads((folder / "config.json").read_text())["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(done, base, capsys):
+    run = dataclasses.replace(base, name="damaged")
+    folder = folder_of(run)
+    shutil.copytree(done[0], folder)
+    last = folder / "checkpoints" / "00000010"
+    largest = max(last.rglob("d/*"), key=lambda path: path.stat().st_size)
+    os.truncate(largest, largest.stat().st_size - 1)
+    train(run, sample)
+    said, warned = capsys.readouterr()
+    assert re.fullmatch(rf"checkpoint {last} is damaged \(arrays/\S+ has \d+ bytes, not \d+\); .*\n", warned)
+    assert f"going on after step 5 of 10, from {last.with_name('00000005')}" in said
+    records = metrics.read(done[0])
+    assert repeated(metrics.read(folder)) == repeated(records + [r for r in records if r["step"] > 5])
+    assert loop.checkpoint.newest(folder / "checkpoints", pytest.fail).step == 10
 
 
 def test_another_config_is_refused(done, base):
