@@ -31,7 +31,7 @@ def create_state(
     model: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, rules: AxisRules, *, ema: bool, seed: int
 ) -> TrainState:
     """The state before the first step, each array made where it stays; equal on every mesh."""
-    run, init = jax.random.split(jax.random.key(seed))
+    run, init = jax.jit(lambda: tuple(jax.random.split(jax.random.key(seed))))()  # one program to compile, not four
     params = parameters.initialize(model, mesh, rules, key=init)
     shardings = state_shardings(model, optimizer, mesh, rules, ema=ema)
     finish = jax.jit(lambda params, key: _state(params, optimizer, ema, key), out_shardings=shardings)
