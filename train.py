@@ -24,7 +24,7 @@ The values below are those of CONFIG with the settings applied; a,b is a list, n
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command line; the exit status is 0 when done, 2 after an error that the user can mend."""
+    """Run the command line; the exit status is 0 when done or saved, 2 after an error that the user can mend."""
     try:
         run = resolve([word for word in arguments if word not in HELP], DEFAULT)
         if HELP & set(arguments):
@@ -36,6 +36,9 @@ def main(arguments: Sequence[str]) -> int:
             raise
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before the loop, which notes it and saves
+        print(file=sys.stderr)
+        return 130
 
 
 def start(run: RunConfig) -> int:

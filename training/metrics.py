@@ -91,8 +91,8 @@ def plot(folder: pathlib.Path) -> None:
     axes.plot(*latest(records, "loss"), color="#9ab8d8", linewidth=0.9, label="train")
     steps, losses = latest(records, "eval_loss")
     if steps:
-        axes.plot(steps, losses, color="#c44e27", linewidth=1.6, marker="o", markersize=3.5, label="validation")
-        axes.annotate(f"{losses[-1]:.3f}", (steps[-1], losses[-1]), (0, 7), textcoords="offset points", ha="right")
+        label = f"validation, {losses[-1]:.3f} at step {steps[-1]}"
+        axes.plot(steps, losses, color="#c44e27", linewidth=1.6, marker="o", markersize=3.5, label=label)
     axes.set(title=folder.name, xlabel="step", ylabel="loss (nats a token)")
     axes.grid(color="#e6e6e6", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)

@@ -110,5 +110,5 @@ def test_the_plot_shows_what_was_measured(tmp_path, monkeypatch):
     log.write({"step": 3, "eval_loss": 1.5})
     log.close()
     plot(tmp_path)
-    assert lines == {"train": ([1, 2, 3], [3.0, 2.0, 1.0]), "validation": ([3], [1.5])}
+    assert lines == {"train": ([1, 2, 3], [3.0, 2.0, 1.0]), "validation, 1.500 at step 3": ([3], [1.5])}
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
