@@ -1,10 +1,11 @@
-"""What a query can look back at: the batch itself (Packed) or a cache (Dense). One method; knows no weights."""
+"""What a query can look back at: the batch itself (Packed), a cache (Dense) or one that begins. Knows no weights."""
 
 import dataclasses
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from model.config import ModelConfig
@@ -64,8 +65,8 @@ class Dense:
     A slot past a sequence's end may hold anything: it is written before its position is reached.
     """
 
-    k: Float[Array, "*L B K S H"]  # stacked where layers are
-    v: Float[Array, "*L B K S H"]
+    k: Any  # [B, K, S, H], stacked [L, ...] where layers are; an array, or the shape or sharding of one
+    v: Any
 
     def attend(self, q, k, v, queries: Queries, rule: Rule):
         """Write T consecutive tokens from each row's first position on, then look at all slots up to each query."""
@@ -73,6 +74,26 @@ class Dense:
         after = Dense(place(_write(self.k, k, at), CACHE_NAMES), place(_write(self.v, v, at), CACHE_NAMES))
         out = attention.cached(q, after.k, after.v, at, window=window, scale=scale, softcap=softcap)
         return out, after
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Beginning:
+    """A Dense cache at the start of its sequences: nothing to look back at, so a query looks at its own batch alone.
+
+    The same answers as from Dense, without the products with slots that no query sees.
+    """
+
+    cache: Dense
+
+    def attend(self, q, k, v, queries: Queries, rule: Rule):
+        """Write T tokens into the first T slots of every row; what a query sees stands in `k` and `v` already."""
+        T, (scale, softcap, window) = k.shape[1], rule
+        mine, own = (self.cache.k, self.cache.v), jnp.ones_like(queries.segments)
+        new = (rearrange(x, "B T K H -> B K T H").astype(cache.dtype) for x, cache in zip((k, v), mine, strict=True))
+        after = (place(cache.at[:, :, :T].set(x), CACHE_NAMES) for cache, x in zip(mine, new, strict=True))
+        out = attention.causal(q, k, v, own, window=window, scale=scale, softcap=softcap)
+        return out, Beginning(Dense(*after))
 
 
 def _write(cache: Float[Array, "B K S H"], new: Float[Array, "B T K H"], positions: Int[Array, "B T"]):

@@ -1,6 +1,11 @@
 """Strict mode for every test: eight CPU devices, no silent broadcasting of ranks or dtypes."""
 
-import jax
+import os
+
+# Tests compile much and compute little: programs are compiled in haste, here and in the processes that tests start.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+
+import jax  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
