@@ -25,7 +25,7 @@ from parallel.config import AxisRules
 
 PIECE = 512  # tokens of a prompt read at once, at most
 SMALLEST_PIECE = 16
-PATIENCE = 0.1  # seconds that a dispatch may take before the next ones grow no more
+PATIENCE = 0.25  # seconds that a dispatch may take before the next ones grow no more
 
 
 class Row(NamedTuple):
@@ -86,7 +86,9 @@ class Engine:
             at = np.asarray(start, np.int32) + np.int32(done)
             tokens = cut(prompts, at, width + 1)
             put = self._put((tokens[:, :-1], at, np.asarray(left, np.int32) - np.int32(done)))
-            logits, hidden, memory = steps.prefill(self.parameters, *put, logits, memory, program=self.program)
+            logits, hidden, memory = steps.prefill(
+                self.parameters, *put, logits, memory, program=self.program, begins=not at.any()
+            )
             if scored:
                 targets = self._put(tokens[:, 1:])
                 scores.append(steps.target_logprobs(self.parameters, hidden, targets, program=self.program))

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from inference.sampling import Choice, Knobs, choose, logprobs_of
 from model.config import ModelConfig
-from model.memory import CACHE_NAMES, Queries, dense_cache, dense_grown, dense_rows
+from model.memory import CACHE_NAMES, Beginning, Dense, Queries, dense_cache, dense_grown, dense_rows
 from model.parameters import Parameters, decoder
 from parallel.config import AxisRules
 from parallel.sharding import Names, place, spec, use
@@ -123,7 +123,7 @@ def placed(memory: Any) -> Any:
     return jax.tree.map(lambda cache: place(cache, cache_names(cache)), memory)
 
 
-@functools.partial(jax.jit, static_argnames="program", donate_argnames=("logits", "memory"))
+@functools.partial(jax.jit, static_argnames=("program", "begins"), donate_argnames=("logits", "memory"))
 def prefill(
     parameters: Parameters,
     tokens: Int[Array, "B T"],
@@ -133,19 +133,31 @@ def prefill(
     memory: Any,
     *,
     program: Program,
+    begins: bool,
 ) -> Prefilled:
     """Read a piece of each row's prompt: tokens stand from `start` on, the first `lengths` of them count.
 
     A row may end in this piece (its next-token logits are set), have ended before (length <= 0: its logits are kept)
-    or go on in the next one (length > T).
+    or go on in the next one (length > T). `begins` says that every row starts at 0: no query looks at the cache.
     """
     _, T = tokens.shape
     with use(program.mesh, program.rules):
         model = decoder(program.config, parameters)
-        hidden, memory = model(tokens, queries_from(start, T), memory)
+        hidden, memory = model(tokens, queries_from(start, T), beginning(memory) if begins else memory)
+        memory = begun(memory) if begins else memory
         last = jnp.take_along_axis(hidden, jnp.clip(lengths - 1, 0, T - 1)[:, None, None], axis=1)
         logits = place(jnp.where((lengths > 0)[:, None], model.logits(last)[:, 0], logits), (None, None))
     return Prefilled(logits, hidden, memory)
+
+
+def beginning(memory: Any) -> Any:
+    """A cache in which nothing is to be looked up yet."""
+    return jax.tree.map(Beginning, memory, is_leaf=lambda node: isinstance(node, Dense))
+
+
+def begun(memory: Any) -> Any:
+    """The cache, with something in it."""
+    return jax.tree.map(lambda node: node.cache, memory, is_leaf=lambda node: isinstance(node, Beginning))
 
 
 def queries_from(start: Int[Array, "B"], length: int) -> Queries:

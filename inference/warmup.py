@@ -27,9 +27,9 @@ def compile_ahead(program: Program, parameters: Any, *, length: int, budget: int
 
     memory = steps.memory_shapes(program, one, slots)
     logits = shape(one, V, dtype=jnp.float32)
-    for width in dict.fromkeys(widths):
+    for begins, width in dict.fromkeys((i == 0, width) for i, width in enumerate(widths)):
         prompt = shape(one, width), shape(one), shape(one)
-        steps.prefill.lower(parameters, *prompt, logits, memory, program=program).compile()
+        steps.prefill.lower(parameters, *prompt, logits, memory, program=program, begins=begins).compile()
     seen, limits = shape(all_rows, V, dtype=bool), Limits(shape(V, dtype=bool), shape(all_rows))
     settings = jax.tree.map(lambda x: shape(*x.shape, dtype=x.dtype), knobs([SamplingConfig()] * all_rows))
     logits = shape(all_rows, V, dtype=jnp.float32)
