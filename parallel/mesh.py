@@ -1,5 +1,8 @@
 """A MeshConfig made real: devices in a grid with one named axis per parallelism. Knows no model."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
@@ -7,7 +10,7 @@ from jax.sharding import AxisType, Mesh
 from parallel.config import MeshConfig
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Grid of `devices` (all, by default) with the axes of `config`, in that order, under automatic partitioning.
 
     Raises ValueError where the sizes do not multiply to the number of devices.

@@ -12,6 +12,7 @@ class Peer:
     """A process of another interpreter that answers each line with the seconds of one round."""
 
     def __init__(self, python: str, script: str, ask: dict[str, Any]):
+        self._python = python
         command = [python, str(SCRIPTS / script), json.dumps(ask)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -31,7 +32,7 @@ class Peer:
         if not line:
             raise ValueError(
                 f"the peer stopped with exit status {self._process.wait()}; its interpreter needs torch and "
-                f"transformers (pip install torch==2.13.0 transformers): {' '.join(map(str, self._process.args))[:200]}"
+                f"transformers (pip install torch==2.13.0 transformers): {self._python}"
             )
         return line
 

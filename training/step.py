@@ -51,7 +51,7 @@ def make_steps(model: ModelConfig, optim: OptimConfig, train: TrainConfig, mesh:
             loss = _batch_loss(params, batch, model, train)
             return {"nll": loss.nll, "tokens": jnp.sum(batch.mask)}
 
-    batches = Batch(*(batch,) * len(Batch._fields))
+    batches: Any = Batch._make([batch] * len(Batch._fields))
     return Steps(
         optimizer,
         jax.jit(train_step, in_shardings=(shardings, batches), out_shardings=(shardings, None), donate_argnums=0),
@@ -64,12 +64,11 @@ def make_steps(model: ModelConfig, optim: OptimConfig, train: TrainConfig, mesh:
 def _batch_loss(params: Any, batch: Batch, model: ModelConfig, train: TrainConfig) -> Loss:
     """Summed loss of a batch whose documents cannot see each other."""
     decoder = parameters.decoder(model, params)
-    hidden, _ = decoder(batch.tokens, Queries(batch.positions, batch.segments), Packed())
-    chunk = min(train.loss_chunk, batch.tokens.shape[1])
+    tokens, targets, mask, segments, positions = map(jnp.asarray, batch)
+    hidden, _ = decoder(tokens, Queries(positions, segments), Packed())
+    chunk = min(train.loss_chunk, tokens.shape[1])
     with jax.named_scope("loss"):
-        return chunked_token_loss(
-            hidden, decoder.unembedding, batch.targets, batch.mask, chunk, model.final_softcap, train.z_loss
-        )
+        return chunked_token_loss(hidden, decoder.unembedding, targets, mask, chunk, model.final_softcap, train.z_loss)
 
 
 def _train_step(state: TrainState, batch: Batch, model, optim, train, optimizer, schedule):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from ops import attention, reference
 
 B, T, N, K, H = 2, 140, 4, 2, 8  # T is no multiple of a block
@@ -59,9 +60,7 @@ def test_cached_equals_the_reference(qkv, window):
     q, k, v = (x[:, :40] for x in qkv)
     positions = jnp.asarray([[7, 8, 9], [30, 31, 32]], jnp.int32)
     heads_first = lambda x: jnp.swapaxes(x, 1, 2)  # noqa: E731
-    fast = attention.cached(
-        q[:, :3], heads_first(k), heads_first(v), positions, window=window, scale=0.3, softcap=None
-    )
+    fast = attention.cached(q[:, :3], heads_first(k), heads_first(v), positions, window=window, scale=0.3, softcap=None)
     slots, ones = jnp.tile(jnp.arange(40, dtype=jnp.int32)[None], (B, 1)), jnp.ones((B, 40), jnp.int32)
     mask = reference.visible(positions, slots, ones[:, :3], ones, window=window)
     np.testing.assert_allclose(fast, reference.attention(q[:, :3], k, v, mask, scale=0.3), atol=1e-6)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from ops.slabs import slabs
 
 KEY = jax.random.key(0)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
+
 from parallel.config import AxisRules, MeshConfig
 from parallel.mesh import make_mesh
 from parallel.sharding import einsum, place, sharding, spec, use
@@ -25,7 +26,7 @@ def test_spec(names, expected):
 
 
 def test_an_axis_splits_one_dim_only():
-    with pytest.raises(ValueError, match="'tensor' would split both 'heads' and 'ffn'"):
+    with pytest.raises(ValueError, match=r"'tensor' would split both 'heads' and 'ffn'"):
         spec(("heads", "ffn"), RULES)
 
 
@@ -36,7 +37,7 @@ def test_an_unbound_name_is_refused():
 
 def test_a_dim_that_does_not_divide_is_refused_with_both_numbers():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    with pytest.raises(ValueError, match="'heads' of size 3 .* does not divide over 2 devices"):
+    with pytest.raises(ValueError, match=r"'heads' of size 3 .* does not divide over 2 devices"):
         sharding(("embed", "heads", "head"), (8, 3, 4), mesh, RULES)
 
 

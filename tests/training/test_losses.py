@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from training.losses import chunked_token_loss, token_loss
 
 B, T, D, V = 3, 7, 8, 16

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from training.config import OptimConfig
 from training.optimizer import RULES, is_matrix, learning_rate, make_optimizer
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from data.packing import Batch
 from model.config import ModelConfig
 from parallel.config import AxisRules, MeshConfig
@@ -136,7 +137,7 @@ def test_moments_are_split_like_their_parameters(rule):
 
 
 def test_a_mesh_that_does_not_divide_is_refused():
-    with pytest.raises(ValueError, match="'heads' of size 2 .* does not divide over 4 devices"):
+    with pytest.raises(ValueError, match=r"'heads' of size 2 .* does not divide over 4 devices"):
         make_steps(MODEL, OPTIM, TRAIN, make_mesh(MeshConfig(data=2, tensor=4)), RULES)
 
 
