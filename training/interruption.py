@@ -1,6 +1,7 @@
 """SIGTERM and SIGINT as a question the loop can ask: the first is noted, the second ends the process at once."""
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator
 
@@ -20,6 +21,9 @@ def noted() -> Iterator[Interruption]:
 
     def note(number, frame):
         interruption.name = signal.Signals(number).name
+        os.write(
+            2, f"\n{interruption.name}: saving as soon as this step is done; a second one quits at once\n".encode()
+        )
         for other in SIGNALS:
             signal.signal(other, signal.SIG_DFL)
 

@@ -55,7 +55,7 @@ def stop(process: subprocess.Popen, folder: pathlib.Path, at_step: int, number: 
         time.sleep(0.002)
     assert process.poll() is None, f"the run ended before step {at_step}: {process.communicate()}"
     process.send_signal(number)
-    return process.communicate(timeout=120)
+    return process.communicate(timeout=600)
 
 
 def values(folder: pathlib.Path) -> dict[str, list]:
@@ -86,7 +86,7 @@ def whole(tmp_path_factory):
     """A run that nothing disturbs."""
     out = tmp_path_factory.mktemp("runs")
     process = start("whole", out)
-    said, errors = process.communicate(timeout=300)
+    said, errors = process.communicate(timeout=600)
     assert (process.returncode, errors) == (0, ""), errors
     assert said.splitlines()[-1].startswith(f"done: {STEPS} steps")
     return out / "whole"
@@ -105,7 +105,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(whole):
     interrupted = draw.randrange(100, 180)
     process = start("killed", whole.parent)
     said, errors = stop(process, folder, interrupted, signal.SIGTERM)
-    assert (process.returncode, errors) == (0, ""), errors
+    assert process.returncode == 0, errors
+    assert errors == "\nSIGTERM: saving as soon as this step is done; a second one quits at once\n"
     resumed = int(re.search(r"going on after step (\d+) of 200", said)[1])  # the last but one save may be unfinished
     assert killed - 2 * SAVE_EVERY < resumed
     assert resumed % SAVE_EVERY == 0
@@ -115,7 +116,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(whole):
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 9')  # as a kill in the middle of a line would leave it
     process = start("killed", whole.parent)
-    said, errors = process.communicate(timeout=300)
+    said, errors = process.communicate(timeout=600)
     assert (process.returncode, errors) == (0, ""), errors
     assert f"going on after step {saved} of 200" in said
 
