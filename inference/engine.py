@@ -24,7 +24,7 @@ from model.parameters import Parameters
 from parallel.config import AxisRules
 
 PIECE = 512  # tokens of a prompt read at once, at most
-SMALLEST_PIECE = 16
+SMALLEST_PIECE = 32
 PATIENCE = 0.25  # seconds that a dispatch may take before the next ones grow no more
 
 

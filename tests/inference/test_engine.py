@@ -43,7 +43,7 @@ def test_prompts_are_read_in_pieces(monkeypatch):
 
 def test_pieces_are_powers_of_two():
     assert piece_widths(1100) == [512, 512, 128]
-    assert piece_widths(1) == [16]
+    assert piece_widths(1) == [32]
     assert piece_widths(512) == [512]
 
 
