@@ -30,8 +30,9 @@ class Peer:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
+            self._process.communicate()
             raise ValueError(
-                f"the peer stopped with exit status {self._process.wait()}; its interpreter needs torch and "
+                f"the peer stopped with exit status {self._process.returncode}; its interpreter needs torch and "
                 f"transformers (pip install torch==2.13.0 transformers): {self._python}"
             )
         return line
@@ -39,4 +40,4 @@ class Peer:
     def close(self) -> None:
         """End the peer's process."""
         self._process.kill()
-        self._process.wait()
+        self._process.communicate()
