@@ -81,6 +81,13 @@ def test_reaching_orders_every_float():
         assert np.asarray(kept).tolist() == [[False] * (values.size - k) + [True] * k]
 
 
+@pytest.mark.parametrize("V", [1, 63, 64, 200])
+def test_argmax_is_the_first_of_the_largest(V):
+    x = np.random.default_rng(V).integers(-3, 3, (40, V)).astype(np.float32)
+    x[0] = -np.inf
+    np.testing.assert_array_equal(sampling.argmax(jnp.asarray(x)), x.argmax(-1))
+
+
 CHOOSE = jax.jit(sampling.choose, static_argnames="num_tokens")
 
 
