@@ -97,7 +97,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(whole):
     seed = draw.randrange(2**32)
     draw.seed(seed)  # shown where the test fails
     folder = whole.with_name("killed")
-    killed = draw.randrange(25, 80)
+    killed = draw.randrange(2 * SAVE_EVERY + 5, 80)  # a save waits for the one before, so step 20 is surely kept
     process = start("killed", whole.parent)
     stop(process, folder, killed, signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
