@@ -5,7 +5,6 @@ Nothing heavy is imported before the command line is understood, so `--help` and
 
 import argparse
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -13,7 +12,7 @@ import pathlib
 import sys
 import time
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from configs.help import comments
 from configs.overrides import override
@@ -25,11 +24,9 @@ from parallel.records import to_dict
 if typing.TYPE_CHECKING:
     from inference.engine import Engine
     from inference.generate import Answer
-    from inference.steps import Program
     from inference.weights import Model
 
 STARTED = time.perf_counter()
-FIRST_TURN = 40  # tokens of a first turn, template included, as far as one can guess
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,15 +136,12 @@ def main(arguments: Sequence[str]) -> int:
 def generate(request: Request) -> int:
     """Continue the prompt: words to stdout as they come, or one JSON object at the end."""
     from inference import generate
-    from inference.warmup import compile_ahead
 
     options, clock, model = request.options, Clock(), opened(request)
     text = sys.stdin.read() if options.prompt == "-" else options.prompt
     tokens = generate.text_tokens(text, model.tokenizer)
     prompt = generate.check_room(tokens, max_length=model.config.max_length)
-    budget = min(request.generation.max_tokens, model.config.max_length - len(prompt))
-    ahead = functools.partial(compile_ahead, length=len(prompt), budget=budget, rows=options.n)
-    engine = started(model, request, ahead)
+    engine = started(model, request)
     clock.lap("load")
     answers = [generate.Answer(prompt, model.tokenizer, request.generation.stop) for _ in range(options.n)]
     for pieces in generate.generate(engine, model.tokenizer, answers, request.generation):
@@ -192,12 +186,10 @@ def chat(request: Request) -> int:
     """Converse till the input ends."""
     from inference.conversation import Conversation, required_template
     from inference.terminal import COMMANDS, converse
-    from inference.warmup import compile_ahead
 
     model = opened(request)
     tokenizer, template = required_template(model.tokenizer)
-    ahead = functools.partial(compile_ahead, length=FIRST_TURN, budget=request.generation.max_tokens, rows=1)
-    engine = started(model, request, ahead)
+    engine = started(model, request)
     conversation = Conversation(engine, tokenizer, template, request.generation, system=request.options.system)
     at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if at_terminal:
@@ -248,27 +240,18 @@ def opened(request: Request) -> "Model":
     return open_model(request.location, dtype=request.options.dtype)
 
 
-def started(model: "Model", request: Request, ahead: "Callable[[Program, Any], None] | None" = None) -> "Engine":
-    """An engine with the model's weights on the mesh; `ahead` is called with their shapes while they are read."""
-    from concurrent.futures import ThreadPoolExecutor
-
+def started(model: "Model", request: Request) -> "Engine":
+    """An engine with the model's weights on the mesh."""
     import jax
 
-    from inference import weights
     from inference.engine import Engine
-    from inference.steps import Program
+    from inference.weights import serving_parameters
     from parallel.mesh import make_mesh
 
     sizes, devices, rules = dataclasses.asdict(request.mesh).values(), jax.devices(), AxisRules()
     mesh = make_mesh(request.mesh, devices if -1 in sizes else devices[: math.prod(sizes)])
-    program = Program(model.config, mesh, rules, model.tokenizer.vocab_size)
-    with ThreadPoolExecutor(1) as pool:
-        shapes = weights.serving_shapes(model.config, mesh, rules)
-        compiled = pool.submit(ahead, program, shapes) if ahead else None
-        config, parameters = weights.serving_parameters(model.config, model.load(mesh, rules), mesh)
-        if compiled:
-            compiled.result()
-    return Engine(config, parameters, mesh, rules, num_tokens=program.num_tokens)
+    config, parameters = serving_parameters(model.config, model.load(mesh, rules), mesh)
+    return Engine(config, parameters, mesh, rules, num_tokens=model.tokenizer.vocab_size)
 
 
 @dataclasses.dataclass

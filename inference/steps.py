@@ -78,15 +78,8 @@ class Chunk(NamedTuple):
 def empty_memory(program: Program, rows: int, slots: int) -> Callable[[], Any]:
     """What makes a cache with nothing in it."""
     make = functools.partial(dense_cache, program.config, rows, slots)
-    return jax.jit(make, out_shardings=jax.tree.map(lambda cache: cache.sharding, memory_shapes(program, rows, slots)))
-
-
-def memory_shapes(program: Program, rows: int, slots: int) -> Any:
-    """Shapes and places of a cache."""
-    return jax.tree.map(
-        lambda cache: jax.ShapeDtypeStruct(cache.shape, cache.dtype, sharding=on_mesh(program, cache_names(cache))),
-        jax.eval_shape(functools.partial(dense_cache, program.config, rows, slots)),
-    )
+    where = jax.tree.map(lambda cache: on_mesh(program, cache_names(cache)), jax.eval_shape(make))
+    return jax.jit(make, out_shardings=where)
 
 
 def on_mesh(program: Program, names: Names) -> NamedSharding:

@@ -10,8 +10,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from data import gguf_tokenizer
@@ -24,6 +23,7 @@ from ops.slabs import Slabs, slabs
 from parallel import checkpoint
 from parallel.config import AxisRules
 from parallel.records import from_dict
+from parallel.sharding import Names
 
 Dtype = Literal["float32", "bfloat16"]
 MOST_SLABS = 8  # a few cores read as fast as the memory gives; more parts would only be more programs to start
@@ -131,49 +131,21 @@ def serving_parameters(config: ModelConfig, parameters: Parameters, mesh: Mesh) 
         parameters = jax.jit(lambda stacked: unrolled(config, stacked)[1])(parameters)
         config = dataclasses.replace(config, scan_layers=False)
     leaves, tree = jax.tree.flatten(parameters)
-    del parameters
-    cut = [settled(serve(leaves.pop(0)), mesh) for serve in servers(config, mesh)]
-    return config, jax.tree.unflatten(tree, cut)
-
-
-def settled(leaf: Any, mesh: Mesh) -> Any:
-    """A leaf with its place written in one way: on one device many mean the same, and steps are compiled for each."""
-    return jax.device_put(leaf, NamedSharding(mesh, P())) if mesh.size == 1 else leaf
-
-
-def serving_shapes(config: ModelConfig, mesh: Mesh, rules: AxisRules) -> Parameters:
-    """Shapes and places of what `serving_parameters` gives for layers apart; computes nothing."""
-
-    def shape(serve: Callable, leaf: jax.ShapeDtypeStruct, where: NamedSharding) -> Any:
-        where = NamedSharding(mesh, P()) if mesh.size == 1 else where
-        return jax.tree.map(
-            lambda part: jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=where), jax.eval_shape(serve, leaf)
-        )
-
-    leaves, tree = jax.tree.flatten(abstract(config).shapes)
-    places = jax.tree.leaves(shardings(config, mesh, rules))
-    return jax.tree.unflatten(tree, map(shape, servers(config, mesh), leaves, places))
-
-
-def servers(config: ModelConfig, mesh: Mesh) -> list[Callable[[Any], Any]]:
-    """For each leaf of the parameters, what makes of it what is served."""
     names = jax.tree.leaves(abstract(config).names, is_leaf=lambda names: isinstance(names, tuple))
-    how = {"num_parts": num_slabs(mesh), "dtype": config.compute_dtype}
-    return [
-        kept if summed is None or how == {"num_parts": 1, "dtype": "float32"} else functools.partial(
-            served, summed=summed, **how
-        )
-        for summed in map(summed_dims, names)
-    ]  # fmt: skip
+    del parameters
+    return config, jax.tree.unflatten(tree, [served_leaf(leaves.pop(0), name, config, mesh) for name in names])
 
 
-def kept(w: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Norms, biases, positions: as they are."""
-    return w
+def served_leaf(w: Any, names: Names, config: ModelConfig, mesh: Mesh) -> Any:
+    """One leaf as it is served; norms, biases and positions stay as they are."""
+    summed, num_parts = summed_dims(names), num_slabs(mesh)
+    if summed is None or (num_parts == 1 and w.dtype == config.compute_dtype):
+        return w
+    return served_matrix(w, summed=summed, num_parts=num_parts, dtype=config.compute_dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("summed", "num_parts", "dtype"))
-def served(
+def served_matrix(
     w: Float[Array, "..."], *, summed: tuple[int, ...], num_parts: int, dtype: Dtype
 ) -> Float[Array, "..."] | Slabs:
     """A matrix in the type it multiplies in, in slabs where there are several."""

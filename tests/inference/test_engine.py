@@ -2,17 +2,32 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
 from inference import engine as engine_module
 from inference.engine import piece_widths
 from parallel.config import MeshConfig
-from tests.inference.small import FAMILIES, GEMMA, LLAMA, V, engine, full_logprobs, row, run
+from tests.inference.small import FAMILIES, GEMMA, LLAMA, ONE, V, engine, full_logprobs, row, run
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}  # float32 sums in another order; logits are of size one
 RANDOM = np.random.default_rng(0)
 PROMPTS = [tuple(RANDOM.integers(0, V, length).tolist()) for length in (3, 40, 16)]
+
+
+@pytest.fixture
+def compiled():
+    """Names of what has been compiled since."""
+    names = []
+
+    def note(event: str, duration: float, **about) -> None:
+        if event.endswith("backend_compile_duration"):
+            names.append(about["fun_name"])
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(note)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -103,6 +118,17 @@ def test_a_mesh_decodes_like_one_device():
     for (tokens, logprobs), answer in zip(run(engine(LLAMA, mesh), rows), run(engine(LLAMA), rows), strict=True):
         assert tokens == answer[0]
         np.testing.assert_allclose(logprobs, answer[1], **CLOSE)
+
+
+@pytest.mark.parametrize("mesh", [ONE, MeshConfig(data=2, tensor=2)])
+def test_a_step_is_compiled_once_for_its_shapes(compiled, mesh, monkeypatch):
+    """However its arguments came about: an array's place has one written form."""
+    monkeypatch.setattr(engine_module, "PIECE", 32)
+    fresh = engine(dataclasses.replace(LLAMA, num_layers=1, ffn_dim=40), mesh)  # in no other test
+    run(fresh, [row(PROMPTS[1], budget=9)])
+    run(fresh, [row((*PROMPTS[1], 3, 4), budget=9)])
+    steps = [name for name in compiled if name in ("jit(prefill)", "jit(first)", "jit(decode)")]
+    assert sorted(steps) == ["jit(decode)", "jit(first)", "jit(prefill)", "jit(prefill)"]  # at the beginning or not
 
 
 def test_an_answer_ends_at_any_of_the_end_tokens():

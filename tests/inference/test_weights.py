@@ -9,7 +9,7 @@ import pytest
 
 from inference import weights
 from inference.engine import Engine
-from inference.weights import serving_parameters, serving_shapes
+from inference.weights import serving_parameters
 from ops.slabs import Slabs
 from parallel.config import AxisRules, MeshConfig
 from tests.inference.small import GPT2, ONE, V, engine, mesh_of, parameters, row, run
@@ -35,18 +35,13 @@ def test_a_cpu_is_served_slabs_of_the_same_model(scan_layers):
     np.testing.assert_allclose(logprobs, expected_logprobs, atol=2e-5)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mesh", [ONE, MeshConfig(data=2, tensor=2)])
-def test_shapes_are_foretold(mesh, dtype):
-    config = dataclasses.replace(GPT2, compute_dtype=dtype)
+def test_matrices_are_served_in_the_type_they_multiply_in(mesh):
+    config = dataclasses.replace(GPT2, compute_dtype="bfloat16")
     _, served = serving_parameters(config, parameters(GPT2, mesh), mesh_of(mesh))
-    foretold = serving_shapes(config, mesh_of(mesh), AxisRules())
-    assert jax.tree.structure(served) == jax.tree.structure(foretold)
-    for leaf, shape in zip(jax.tree.leaves(served), jax.tree.leaves(foretold), strict=True):
-        assert (leaf.shape, leaf.dtype) == (shape.shape, shape.dtype)
-        assert leaf.sharding.is_equivalent_to(shape.sharding, leaf.ndim)
-    assert served["norm"]["scale"].dtype == jnp.float32
-    assert jax.tree.leaves(served["embedding"]["tokens"])[0].dtype == dtype
+    assert {leaf.dtype for leaf in jax.tree.leaves(served["embedding"]["tokens"])} == {jnp.dtype("bfloat16")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(served["layers"][1]["ffn"]["up"])} == {jnp.dtype("bfloat16")}
+    assert served["norm"]["scale"].dtype == served["embedding"]["positions"].dtype == jnp.float32
 
 
 def test_several_devices_keep_whole_matrices():
