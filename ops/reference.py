@@ -39,3 +39,11 @@ def attention(
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v)
     return rearrange(out, "B T K G H -> B T (K G) H")
+
+
+def grouped_matmul(
+    x: Float[Array, "rows D"], w: Float[Array, "E D F"], sizes: Int[Array, "E"]
+) -> Float[Array, "rows F"]:
+    """Each row times the matrix of its group, rows sorted by group; zeros beyond the last group."""
+    group = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(x)), side="right")
+    return jnp.einsum("ME,MD,EDF->MF", jax.nn.one_hot(group, len(w), dtype=x.dtype), x, w)
