@@ -26,7 +26,7 @@ class Plan(NamedTuple):
     num_devices: int  # X
     capacity: int  # C, rows from each device to each in one round
     order: Int[Array, "rows"]  # row at each place of the list
-    starts: Int[Array, "X+1"]  # of the part of the list for each device; then of rows of no group
+    starts: Int[Array, "parts"]  # of the part of the list for each device; then of rows of no group
     device: Int[Array, "rows"]  # that a row goes to; X for rows of no group
     rank: Int[Array, "rows"]  # place of a row in the part for its device
     incoming: Int[Array, "X e"]  # rows that each device has for each group of this one
@@ -37,13 +37,13 @@ class Round(NamedTuple):
     """One exchange: the next C rows for each device."""
 
     sizes: Int[Array, "e"]  # rows here of each group of this device; further rows are of none
-    outgoing: Int[Array, "X*C"]  # row in each slot, X blocks of C; arbitrary in slots that no row takes
-    sorting: Int[Array, "X*C"] | None  # slot of each arrived row, sorted by group
+    outgoing: Int[Array, "slots"]  # row in each slot, X blocks of C; arbitrary in slots that no row takes
+    sorting: Int[Array, "slots"] | None  # slot of each arrived row, sorted by group
     slots: Int[Array, "rows"]  # that a row left from
     present: Bool[Array, "rows"]  # it took part
     axes: tuple[str, ...]
 
-    def send(self, x: Shaped[Array, "items ..."], *, copies: int = 1) -> Shaped[Array, "X*C ..."]:
+    def send(self, x: Shaped[Array, "items ..."], *, copies: int = 1) -> Shaped[Array, "slots ..."]:
         """Each row's value where its group is, sorted by group. An item has `copies` rows: row r is of item r // copies."""
         leaving = x.at[self.outgoing // copies].get(mode="promise_in_bounds")
         if self.sorting is None:
@@ -51,7 +51,7 @@ class Round(NamedTuple):
         arrived = jax.lax.all_to_all(leaving, self.axes, 0, 0, tiled=True)
         return arrived.at[self.sorting].get(mode="promise_in_bounds")
 
-    def bring_back(self, y: Shaped[Array, "X*C ..."]) -> Shaped[Array, "rows ..."]:
+    def bring_back(self, y: Shaped[Array, "slots ..."]) -> Shaped[Array, "rows ..."]:
         """Results for rows as `send` gave them, where the rows came from; zero for rows of other rounds."""
         if self.sorting is not None:
             unsorted = y.at[jnp.argsort(self.sorting)].get(mode="promise_in_bounds")
