@@ -50,6 +50,11 @@ def use(mesh: Mesh, rules: AxisRules, *, manual: bool = False) -> Iterator[None]
         _LAYOUT.reset(token)
 
 
+def manual_axes(name: str) -> tuple[str, ...]:
+    """Mesh axes of size > 1 bound to a logical name inside a shard_map over the mesh, else none."""
+    return ()
+
+
 def _axes(bound: MeshAxes) -> tuple[str, ...]:
     """The axes of the mesh itself: `fsdp` is three of them."""
     named = () if bound is None else (bound,) if isinstance(bound, str) else bound
