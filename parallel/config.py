@@ -50,5 +50,9 @@ class AxisRules:
     embed: MeshAxes = "fsdp"  # D of parameters
     heads: MeshAxes = "tensor"  # N and K of parameters
     head: MeshAxes = None  # H
+    rank: MeshAxes = None  # R
     ffn: MeshAxes = "tensor"  # F of parameters
     vocab: MeshAxes = "tensor"  # V of the embedding tables
+    experts: MeshAxes = None  # E
+    expert_embed: MeshAxes = "fsdp"  # D of experts
+    expert_ffn: MeshAxes = "tensor"  # F of experts
