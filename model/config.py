@@ -78,6 +78,7 @@ class ModelConfig:
     balance_loss: float = 0.0  # weight of the loss that spreads tokens over experts (arXiv:2101.03961, eq. 4)
     router_z_loss: float = 0.0  # weight of the squared log-sum-exp of router logits (arXiv:2202.08906, eq. 5)
     router_bias_rate: float = 0.0  # step of the sigmoid router's balancing bias (arXiv:2408.15664)
+    expert_capacity: float = 1.25  # rows of an exchange round / rows if spread evenly; more rounds run, none is dropped
     kv_rank: int = 0  # R, latent that keys and values share (MLA, arXiv:2405.04434); 0 is plain attention
     q_rank: int = 0  # R, latent of the queries; 0 takes them from D
     rope_dim: int = 0  # MLA: dims of H, the last ones, that turn with the position; all heads share them in keys

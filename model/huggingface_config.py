@@ -138,7 +138,8 @@ NEUTRAL_IN = {
 }
 KINDS: dict[str, LayerKind] = {"full_attention": "global", "sliding_attention": "window"}
 OURS_ALONE = (
-    "init_scale", "compute_dtype", "remat", "scan_layers", "balance_loss", "router_z_loss", "router_bias_rate",
+    "init_scale", "compute_dtype", "remat", "scan_layers",
+    "balance_loss", "router_z_loss", "router_bias_rate", "expert_capacity",
 )  # what no config.json says  # fmt: skip
 
 

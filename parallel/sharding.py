@@ -32,6 +32,11 @@ def use(mesh: Mesh, rules: AxisRules) -> Iterator[None]:
         _LAYOUT.reset(token)
 
 
+def manual_axes(name: str) -> tuple[str, ...]:
+    """Mesh axes of size > 1 bound to a logical name inside a shard_map over the mesh, else none."""
+    return ()
+
+
 def _axes(bound: MeshAxes) -> tuple[str, ...]:
     return () if bound is None else (bound,) if isinstance(bound, str) else bound
 
