@@ -55,7 +55,7 @@ Stage = Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]  # parameters of a chunk
 Finish = Callable[
     [Tree, Tree, Tree], tuple[Float[Array, ""], Tree]
 ]  # parameters, part of y, of side -> loss share, aux
-Number = int | Int[Array, ""]
+Number = int | Int[Array, "..."]  # the schedules also take many ticks at once
 
 
 # ---- The schedules: what a rank does at a tick ----
@@ -64,9 +64,9 @@ Number = int | Int[Array, ""]
 class Turn(NamedTuple):
     """One piece of work of one rank at one tick."""
 
-    is_real: Bool[Array, ""]  # False in the bubble, where the other fields are any of their valid values
-    microbatch: Int[Array, ""]
-    repeat: Int[Array, ""]  # which of the rank's chunks
+    is_real: Bool[Array, "..."]  # False in the bubble, where the other fields are any of their valid values
+    microbatch: Int[Array, "..."]
+    repeat: Int[Array, "..."]  # which of the rank's chunks
 
 
 def circular_ticks(microbatches: int, ranks: int, repeats: int) -> int:
@@ -107,7 +107,7 @@ def one_forward_one_backward_turns(tick: Number, rank: Number, *, microbatches: 
     return Turns(turn(rank), turn(ranks), turn(2 * ranks - 1 - rank))
 
 
-def _within(turn: Number, length: int) -> tuple[Int[Array, ""], Bool[Array, ""]]:
+def _within(turn: Number, length: int) -> tuple[Int[Array, "..."], Bool[Array, "..."]]:
     """A turn moved into 0..length - 1, and whether it was there."""
     turn = jnp.asarray(turn, jnp.int32)
     return jnp.clip(turn, 0, length - 1), (turn >= 0) & (turn < length)
@@ -347,8 +347,8 @@ def _part(tree: Tree, rank: Number, ranks: int, dim: int) -> Tree:
 
 
 def _gradient_sums(params: Tree) -> Tree:
-    """Zeros to add gradients to, in float32 at least."""
-    return jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32)), params)
+    """Zeros to add gradients to."""
+    return jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), params)
 
 
 def _add(sums: Tree, grads: Tree, is_real: Bool[Array, ""]) -> Tree:

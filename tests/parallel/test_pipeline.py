@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -45,7 +46,7 @@ def make_stage(layer):
 
 
 def finish(head, y, side):
-    logits = y @ head
+    logits = (y @ head).astype(jnp.float32)
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), side["targets"][..., None], axis=-1)
     return -jnp.sum(chosen), {"tokens": jnp.float32(chosen.size)}
 
@@ -56,7 +57,7 @@ def keep(run):
 
 
 def penalty(aux):
-    return 1e-3 * aux["squares"]
+    return 1e-3 * aux["squares"].astype(jnp.float32)
 
 
 def example(M, dtype=jnp.float32):
@@ -196,13 +197,14 @@ def test_the_bubble_harms_nothing():
 
 
 def test_gradients_of_bfloat16_parameters_are_summed_in_float32():
-    weights, head, inputs, sides = example(40, jnp.bfloat16)
-    _, (d_weights, d_head, d_inputs), _ = with_1f1b(2)(weights, head, inputs, sides)
-    assert (d_weights.dtype, d_head.dtype, d_inputs.dtype) == (jnp.float32, jnp.float32, jnp.bfloat16)
-    one = lambda m: jax.tree.map(lambda x: x[m : m + 1], (inputs, sides))  # noqa: E731
-    one_by_one = [expected(weights, head, *one(m))[1][0] for m in range(40)]
-    wanted = sum(np.asarray(d, np.float32) for d in one_by_one)
-    np.testing.assert_allclose(d_weights, wanted, rtol=0.02, atol=0.02 * np.abs(wanted).max())
+    """40 times the same microbatch give 40 times its gradient, to float32's accuracy."""
+    weights, head, *one = example(1, jnp.bfloat16)
+    many = jax.tree.map(lambda x: jnp.repeat(x, 40, axis=0), one)
+    _, (*single, _), _ = with_1f1b(2)(weights, head, *one)
+    _, (*summed, d_inputs), _ = with_1f1b(2)(weights, head, *many)
+    assert [grad.dtype for grad in summed] == [jnp.float32] * 2
+    assert d_inputs.dtype == jnp.bfloat16
+    jax.tree.map(lambda s, m: np.testing.assert_allclose(m, 40 * s, rtol=1e-5, atol=1e-5), single, summed)
 
 
 # ---- What is kept ----
@@ -212,7 +214,7 @@ def all_shapes(jaxpr):
     """Shapes of every array in a program and in the programs inside it."""
     for equation in jaxpr.eqns:
         yield from (variable.aval.shape for variable in [*equation.invars, *equation.outvars])
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jaxprs_in_params(equation.params):
             yield from all_shapes(inner)
 
 
@@ -245,15 +247,15 @@ def test_one_forward_one_backward_keeps_two_inputs_a_rank():
 
 
 def test_only_circular_grows_with_microbatches():
-    """Bytes of temporaries by XLA, for 12 more microbatches of one activation each."""
+    """Temporaries by XLA, in activations per microbatch: 1F1B's one is the gradient of the input itself."""
     activation = 4 * np.prod(ACTIVATION)
 
     def growth(run):
         few, many = (run.lower(*example(M)).compile().memory_analysis().temp_size_in_bytes for M in (4, 16))
-        return (many - few) / 12
+        return (many - few) / 12 / activation
 
-    assert growth(with_circular(2, 1)) >= activation
-    assert growth(with_1f1b(2)) < activation / 2
+    assert growth(with_1f1b(2)) < 1.2
+    assert growth(with_circular(2, 1)) > 3
 
 
 # ---- The schedules themselves ----
@@ -296,11 +298,11 @@ def test_the_pictures_in_the_docstring():
 @pytest.mark.parametrize(("M", "ranks", "repeats"), [(5, 1, 1), (2, 4, 1), (6, 4, 1), (4, 4, 2), (6, 2, 3)])
 def test_every_microbatch_meets_every_stage_in_order(M, ranks, repeats):
     """And goes from stage to stage in one tick, so that nothing waits in a queue."""
-    ticks = np.arange(pipeline.circular_ticks(M, ranks, repeats))
+    ticks = jnp.arange(pipeline.circular_ticks(M, ranks, repeats))
     seen = {}
     for rank in range(ranks):
         turn = pipeline.circular_turn(ticks, rank, microbatches=M, ranks=ranks, repeats=repeats)
-        for tick, is_real, microbatch, repeat in zip(ticks, *map(np.asarray, turn), strict=True):
+        for tick, is_real, microbatch, repeat in zip(range(len(ticks)), *map(np.asarray, turn), strict=True):
             if is_real:
                 assert seen.setdefault((int(microbatch), int(repeat) * ranks + rank), tick) == tick
     assert len(seen) == M * ranks * repeats
