@@ -1,26 +1,26 @@
 """Pipeline parallelism: microbatches flow through ranks that hold different layers. Knows no model.
 
-The layers are dealt to the P ranks of a mesh axis; a rank works on one microbatch while its neighbours work on others.
+The layers are dealt to the ranks of a mesh axis; a rank works on one microbatch while its neighbours work on others.
 Everything here is per-device code for the inside of a `jax.shard_map(..., check_vma=False)`: each schedule is one
 `lax.scan` over ticks in which every rank does the same work on different data, then hands it on by `lax.ppermute`.
 What a rank does at a tick is arithmetic on (tick, rank), so a schedule is a small function and its picture is a test.
 
-**Circular** (`circular`). Rank p holds R chunks of layers: virtual stage s = r P + p is chunk r of rank p. A microbatch
-goes R times around the ring. R = 1 is GPipe (arXiv:1811.06965), R > 1 the interleaved schedule of Megatron
-(arXiv:2104.04473). This is P = 2, R = 2, M = 4; a number is a microbatch, a letter the chunk that it passes, a dot a
-tick of the bubble:
+**Circular** (`circular`). A rank holds `repeats` chunks of layers: virtual stage repeat * ranks + rank. A microbatch
+goes that many times around the ring. One time is GPipe (arXiv:1811.06965), more the interleaved schedule of Megatron
+(arXiv:2104.04473). This is M = 4 with 2 ranks and 2 repeats; a number is a microbatch, a letter the chunk that it
+passes, a dot a tick of the bubble:
 
     tick     0   1   2   3   4   5   6   7   8
     rank 0   0a  1a  0b  1b  2a  3a  2b  3b  .
     rank 1   .   0a  1a  0b  1b  2a  3a  2b  3b
 
-Jax differentiates it: the backward pass is the same picture from right to left. All M forwards come before the first
-backward, so what a tick keeps for it is kept M R + P - 1 times; `remat` says what that is.
+Jax differentiates it: the backward pass is the same picture from right to left. All forwards come before the first
+backward, so what a tick keeps for it is kept M * repeats + ranks - 1 times; `remat` says what that is.
 
 **One forward, one backward** (`one_forward_one_backward`; after PipeDream, arXiv:1806.03377). A microbatch's backward
-begins as soon as it has come out, so a rank keeps 2 P stage inputs however many microbatches there are. In every tick
-a rank does a backward of an old microbatch beside the forward of a new one, and all ranks together do head and loss
-(`finish`) of one, each on its part of the tokens. This is P = 2, M = 4:
+begins as soon as it has come out, so a rank keeps 2 * ranks stage inputs however large M is. In every tick a rank does
+the backward of an old microbatch beside the forward of a new one, and all ranks together do head and loss (`finish`)
+of one, each on its part of the tokens. This is M = 4 with 2 ranks:
 
     tick              0   1   2   3   4   5   6
     rank 0  forward   0   1   2   3   .   .   .
@@ -30,11 +30,11 @@ a rank does a backward of an old microbatch beside the forward of a new one, and
     rank 1  finish    .   .   0   1   2   3   .
     rank 1  backward  .   .   0   1   2   3   .
 
-Each collective here has the work of half a tick to hide behind: what is sent at the end of a tick is first needed in
-the next, after or before a part that does not wait for it. That is why `finish` comes a tick after the last forward.
+Finish stands a tick after the last forward so that collectives need not be waited for: gathering its gradient does not
+depend on the tick's forward, nor handing over and dealing out the forward's result on the tick's backward.
 
 **The bubble.** A rank in the bubble computes too, on zeros, since the ranks run one program. Nothing of that reaches a
-result: inputs, sums and gradients are *selected* by whether the tick was real, never multiplied by it, so that a stage
+result: inputs, sums and gradients are *selected* by whether the turn was real, never multiplied by it, so that a stage
 which makes NaN of zeros does no harm.
 
 **The objective** is the sum over all devices of local shares of the loss; every collective is a linear map and its
@@ -52,9 +52,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 Tree = Any  # a pytree of arrays
 Stage = Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]  # parameters of a chunk, x, side -> y like x, aux
-Finish = Callable[
-    [Tree, Tree, Tree], tuple[Float[Array, ""], Tree]
-]  # parameters, part of y, of side -> loss share, aux
+Finish = Callable[[Tree, Tree, Tree], tuple[Float[Array, ""], Tree]]  # parameters, y, side -> share of loss, aux
 Number = int | Int[Array, "..."]  # the schedules also take many ticks at once
 
 
@@ -70,14 +68,14 @@ class Turn(NamedTuple):
 
 
 def circular_ticks(microbatches: int, ranks: int, repeats: int) -> int:
-    """Ticks of `circular`: the last rank starts P - 1 after the first and works M R."""
+    """Ticks of `circular`: the last rank begins ranks - 1 after the first and has M * repeats turns."""
     return microbatches * repeats + ranks - 1
 
 
 def circular_turn(tick: Number, rank: Number, *, microbatches: int, ranks: int, repeats: int) -> Turn:
-    """Microbatches go around in groups of P: a group fills the ring, so its first comes back as its last has left.
+    """Microbatches go around in groups that fill the ring: one comes back just when the last of its group has left.
 
-    Hence what arrives is always what is needed: nothing waits in a queue.
+    Hence what arrives is always what is needed: nothing waits in a queue. With one repeat the groups don't matter.
     """
     turn, is_real = _within(tick - rank, microbatches * repeats)
     group, turn = turn // (ranks * repeats), turn % (ranks * repeats)
@@ -93,12 +91,12 @@ class Turns(NamedTuple):
 
 
 def one_forward_one_backward_ticks(microbatches: int, ranks: int) -> int:
-    """Ticks of `one_forward_one_backward`: a microbatch goes up P ranks, rests for one tick's end and comes down P."""
+    """Ticks of `one_forward_one_backward`: the last microbatch begins at M - 1, goes up and comes down."""
     return microbatches + 2 * ranks - 1
 
 
 def one_forward_one_backward_turns(tick: Number, rank: Number, *, microbatches: int, ranks: int) -> Turns:
-    """Microbatch m goes forward at tick m + p, is finished at m + P, and backward at m + 2 P - 1 - p."""
+    """Microbatch m goes forward at tick m + rank, is finished at m + ranks, goes backward at m + 2 ranks - 1 - rank."""
 
     def turn(delay: Number) -> Turn:
         microbatch, is_real = _within(tick - delay, microbatches)
@@ -114,25 +112,25 @@ def _within(turn: Number, length: int) -> tuple[Int[Array, "..."], Bool[Array, "
 
 
 def bubble(microbatches: int, ranks: int, repeats: int = 1) -> float:
-    """Part of `circular`'s ticks that a rank spends in the bubble: (P - 1) / (M R + P - 1).
+    """Part of `circular`'s ticks that a rank spends in the bubble: (ranks - 1) / (M * repeats + ranks - 1).
 
         bubble(8, 4) == 3 / 11        bubble(8, 4, 2) == 3 / 19
 
-    GPipe has it as O((K - 1) / (M + K - 1)) (arXiv:1811.06965, section 2.3, K ranks); Megatron's (p - 1) / (v m)
+    GPipe has it as O((K - 1) / (M + K - 1)) (arXiv:1811.06965, section 2.3); Megatron's (p - 1) / (v m)
     (arXiv:2104.04473, section 2.2) is the same bubble over the ideal time instead of over the whole. Interleaving
-    pays with R times the hand-overs.
+    pays with `repeats` times the hand-overs.
     """
-    return 1 - microbatches * repeats / circular_ticks(microbatches, ranks, repeats)
+    return (ranks - 1) / circular_ticks(microbatches, ranks, repeats)
 
 
 def one_forward_one_backward_bubble(microbatches: int, ranks: int) -> float:
-    """Part of `one_forward_one_backward`'s ticks that a rank spends in the bubble: (2 P - 1) / (M + 2 P - 1).
+    """Part of `one_forward_one_backward`'s ticks that a rank spends in the bubble: (2 ranks - 1) / (M + 2 ranks - 1).
 
-    PipeDream-Flush (arXiv:2104.04473, figure 4) has GPipe's bubble, with ranks that do a forward *or* a backward as it
+    PipeDream-Flush (arXiv:2104.04473, section 2.2) has GPipe's bubble: its ranks do a forward *or* a backward, as it
     comes. One program for all ranks does both in each tick, so filling costs backwards and draining forwards. It is
     made for many microbatches, which cost it no memory.
     """
-    return 1 - microbatches / one_forward_one_backward_ticks(microbatches, ranks)
+    return (2 * ranks - 1) / one_forward_one_backward_ticks(microbatches, ranks)
 
 
 def layer_order(num_layers: int, ranks: int, repeats: int) -> tuple[int, ...]:
@@ -140,7 +138,7 @@ def layer_order(num_layers: int, ranks: int, repeats: int) -> tuple[int, ...]:
 
         layer_order(8, 2, 2) == (0, 1, 4, 5,   2, 3, 6, 7)   # rank 0 holds layers 01 and 45, rank 1 23 and 67
 
-    A rank's part [L / P, ...] reshaped to [R, L / (P R), ...] is `circular`'s `chunks`.
+    A rank's part, its leading dim reshaped to [repeats, L / (ranks * repeats)], is `circular`'s `chunks`.
     """
     chunks = ranks * repeats
     if num_layers % chunks:
@@ -158,7 +156,7 @@ def layer_order(num_layers: int, ranks: int, repeats: int) -> tuple[int, ...]:
 
 def circular(
     stage: Stage,
-    chunks: Tree,  # [R, ...]: this rank's parameters; chunk r is virtual stage r P + p
+    chunks: Tree,  # [repeats, ...]: this rank's parameters; chunk r is virtual stage r * ranks + rank
     inputs: Tree,  # [M, ...]: activations, read on rank 0
     sides: Tree,  # [M, ...]: what is not differentiated (positions, segments), the same on all ranks of the axis
     *,
@@ -166,7 +164,7 @@ def circular(
     repeats: int,
     remat: Callable[[Callable], Callable] = lambda run: run,
 ) -> tuple[Tree, Tree]:
-    """All M microbatches through all P R stages -> (outputs [M, ...], aux).
+    """All M microbatches through all ranks * repeats stages -> (outputs [M, ...], aux).
 
     Outputs are valid on the last rank and zero on the others, so that a psum_scatter deals them out. Aux is what this
     rank's stages returned, summed over its real ticks. Gradients of `inputs` come out on rank 0, zero elsewhere.
@@ -231,7 +229,7 @@ class _Carry(NamedTuple):
     arrived: Tree  # from the rank before: stage input of the coming forward
     returned: Tree  # from the rank after: gradient of the stage output of the coming backward
     part: Tree  # this rank's tokens of the last stage's output, to be finished
-    stash: Tree  # [2 P, ...]: stage inputs of forwards whose backward is to come; microbatch m in slot m % 2 P
+    stash: Tree  # [2 * ranks, ...]: stage inputs whose backward is to come; microbatch m in slot m % (2 * ranks)
     inputs: Tree  # [M, ...]: an input's place is taken by its gradient
     chunk_grads: Tree
     finish_grads: Tree
@@ -249,7 +247,7 @@ def one_forward_one_backward(
     split_dim: int,
     penalty: Callable[[Tree], Float[Array, ""]] = lambda aux: jnp.float32(0),
 ) -> Result:
-    """Loss and gradients with 2 P stage inputs alive, however large M is; a backward makes its forward again.
+    """Loss and gradients with 2 * ranks stage inputs alive, however large M is; a backward makes its forward again.
 
     `finish` is shared by the ranks: each has its part of dim `split_dim` of a microbatch (of y, and of every leaf of
     `sides` that has this dim), so it must be a sum over that dim. `penalty` is what a stage's aux adds to the loss.
@@ -283,7 +281,7 @@ def one_forward_one_backward(
         (y, extra), stage_aux = run(chunk, x, _pick(sides, forward.microbatch))
         stash = _put(carry.stash, (number - rank) % slots, x)
 
-        # 3. Backward: the forward again from the input kept, then its transpose.
+        # 3. Backward: the forward again from the input that was kept, then its transpose.
         side = _pick(sides, backward.microbatch)
         _, pull, _ = jax.vjp(
             lambda chunk, x: run(chunk, x, side), chunk, _pick(stash, backward.microbatch % slots), has_aux=True
@@ -291,11 +289,11 @@ def one_forward_one_backward(
         d_y = _only(backward.is_real, _choose(is_last_rank, d_last, carry.returned))
         d_chunk, d_x = pull((d_y, jnp.ones_like(extra)))
         chunk_grads = _add(carry.chunk_grads, d_chunk, backward.is_real)
-        #    Zeros of the bubble go to slot 0, after its input was read at tick 0 and before its gradient comes.
+        #    On rank 0 the bubble's zeros go to slot 0, after its input was read and before its gradient comes.
         gradients = _put(carry.inputs, backward.microbatch, _only(backward.is_real & is_first_rank, d_x))
 
-        # 4. Hand over: y to the next rank, d_x to the one before; the last rank's y in parts to all, as a sum over
-        #    ranks in which the others' are zero.
+        # 4. Hand over: y to the next rank, d_x to the one before; the last rank's y in parts to all, by a
+        #    reduce-scatter in which the others' is zero.
         leaving = _only(forward.is_real & is_last_rank, y)
         scatter = lambda y: lax.psum_scatter(y, axis, scatter_dimension=split_dim, tiled=True)  # noqa: E731
         carry = _Carry(
@@ -321,7 +319,8 @@ def one_forward_one_backward(
         finish_grads=_gradient_sums(finish_params),
     )
     end, sums = lax.scan(tick, start, jnp.arange(one_forward_one_backward_ticks(microbatches, ranks)))
-    return Result(*_sum(sums), end.chunk_grads, end.finish_grads, end.inputs)
+    loss, stage_aux, finish_aux = _sum(sums)
+    return Result(loss, stage_aux, finish_aux, end.chunk_grads, end.finish_grads, end.inputs)
 
 
 def _check_split(inputs: Tree, ranks: int, dim: int) -> None:
