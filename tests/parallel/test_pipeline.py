@@ -233,11 +233,15 @@ def test_activations_and_parameters_may_be_trees():
 
         loss, (d_w, d_head) = jax.value_and_grad(objective, argnums=(0, 1))(weights, head)
         result = one_forward_one_backward(stage, last, chunk, head, streams, sides, axis="pipe", split_dim=1)
-        grads = result.chunk_grads
-        by_1f1b = (result.loss, grads["w"], result.finish_grads)
-        return *jax.tree.map(lambda x: lax.psum(x, ("pipe", "data")), ((loss, d_w, d_head), by_1f1b)), grads["kind"]
+        by_1f1b = (result.loss, result.chunk_grads["w"], result.finish_grads)
+        return *map(summed, ((loss, d_w, d_head), by_1f1b)), result.chunk_grads["kind"]
 
-    one, other, none = on_mesh(2, local, (P(), P(), P("pipe")))(weights, head, inputs, sides)
+    def summed(results):
+        loss, d_w, d_head = results
+        return lax.psum(loss, ("pipe", "data")), lax.psum(d_w, "data"), lax.psum(d_head, ("pipe", "data"))
+
+    specs = (P(), P("pipe"), P())
+    one, other, none = on_mesh(2, local, (specs, specs, P("pipe")))(weights, head, inputs, sides)
     assert_trees(one, other)
     np.testing.assert_array_equal(none, np.zeros(8))
 
