@@ -5,6 +5,7 @@ tokens of one document is the distance of their columns.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,13 @@ from jaxtyping import Array, Bool, Float, Int
 BLOCK = 128  # query rows; the quickest of 64, 128, 256, 512 on two CPU cores (docs/benchmarks/training.md)
 MOST_BLOCKS = 16  # longer sequences take larger blocks, so that the program stays small
 HIDDEN = -1e30  # a logit that weighs nothing
+
+
+class Places(NamedTuple):
+    """Where tokens stand: position in the document from 0, and the document's segment (0 is padding)."""
+
+    positions: Int[Array, "B T"]
+    segments: Int[Array, "B T"]
 
 
 def causal(
