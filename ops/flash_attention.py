@@ -26,9 +26,10 @@ HIDDEN = -1e38  # a logit that weighs nothing, even beside EMPTY
 LOG2_E = math.log2(math.e)
 EVERYTHING = 2**31 - 1  # a window that hides nothing
 NOTHING, SOME, ALL = 0, 1, 2  # what the queries of a visit see of its keys
-KEY_SHIFT, QUERY_SHIFT = 2, 16  # where a visit's blocks stand in its integer, above what is seen
-FIRST, LAST, LEAVING_SHIFT = 1, 2, 2  # of the visits to one key block, and where the next such block stands
-UNROLLED = 8  # query heads of a KV head that are laid out one after the other; more are looped over
+SEEN, FIRST, LAST = 3, 4, 8  # a visit in one integer: what is seen, first and last visit of its key block,
+KEY, QUERY, MOST_BLOCKS = 4, 17, 2**13  # and the shifts of its blocks, each less than this many
+HEADS_AT_ONCE = 2  # query heads in one stretch of the program; more are looped over
+KEYS_AT_ONCE = 256  # in a step of the running softmax
 KEPT_BYTES = 2**24  # of float32 d_k and d_v of one head, which the backward kernel keeps in VMEM
 VMEM_BYTES = 48 * 2**20
 TRANSPOSED, ACROSS, PLAIN = ((0,), (0,)), ((1,), (1,)), ((1,), (0,))  # products aᵀ b, a bᵀ and a b
@@ -41,8 +42,7 @@ class Blocks(NamedTuple):
     keys: int
 
 
-FORWARD = Blocks(512, 1024)
-BACKWARD = Blocks(512, 512)
+BLOCKS = Blocks(512, 512)
 
 
 def attend(
@@ -71,7 +71,7 @@ def forward(
     window: Int[Array, ""] | int | None,
     scale: float,
     softcap: float | None,
-    blocks: Blocks = FORWARD,
+    blocks: Blocks = BLOCKS,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """Attention of queries to keys, wherever both stand, and its log-sum-exp: 0 and -1e30 where a query sees nothing."""
@@ -110,7 +110,7 @@ def backward(
     window: Int[Array, ""] | int | None,
     scale: float,
     softcap: float | None,
-    blocks: Blocks = BACKWARD,
+    blocks: Blocks = BLOCKS,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
     """Gradients of `forward`; `out` and `lse` may stand for more keys than these (ring attention passes those of all)."""
@@ -186,9 +186,12 @@ def _forward_kernel(
     scale: float,
     softcap: float | None,
 ):
-    scalars, (q_ref, k_ref, v_ref, q_at_ref, k_at_ref), (out_ref, lse_ref), (top_ref, sum_ref, acc_ref) = _split(refs, 5, 2)
+    scalars, (q_ref, k_ref, v_ref, q_at_ref, k_at_ref), (out_ref, lse_ref), (top_ref, sum_ref, acc_ref) = _split(
+        refs, 5, 2
+    )
     visit = _visit(scalars)
     *_, G, _, _ = q_ref.shape
+    *_, size, _ = k_ref.shape
 
     @pl.when(visit.starts)
     def _():
@@ -196,31 +199,43 @@ def _forward_kernel(
         sum_ref[...] = jnp.zeros(sum_ref.shape, jnp.float32)
         acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
 
-    def head(g, mask):
-        row = pl.ds(g, 1)
-        v = v_ref[0, 0, 0]
-        logits, _ = _logits(k_ref[0, 0, 0], q_ref[0, 0, g], mask, scale, softcap)
-        before = top_ref[row]
-        top = jnp.maximum(before, jnp.max(logits, axis=0, keepdims=True))
-        weights = jnp.exp2(logits - top)
-        shrunk = jnp.exp2(before - top)
-        top_ref[row] = top
-        sum_ref[row] = sum_ref[row] * shrunk + jnp.sum(weights, axis=0, keepdims=True)
-        acc_ref[g] = acc_ref[g] * shrunk + _dot(v, weights.astype(v.dtype), TRANSPOSED)
+    def meet(heads, mask):
+        parts = [pl.ds(start, min(KEYS_AT_ONCE, size - start)) for start in range(0, size, KEYS_AT_ONCE)]
 
-    _meet(visit, q_at_ref, k_at_ref, scalars.window, G, head)
+        def logits(g, part):
+            hidden = None if mask is None else mask[part.start : part.start + part.size]
+            return _logits(k_ref[0, 0, 0, part], q_ref[0, 0, g], hidden, scale, softcap)[0]
+
+        # the next product stands before this softmax, so that the compiler runs them side by side
+        work = [(g, part) for g in heads for part in parts]
+        ahead = logits(*work[0])
+        for step, (g, part) in enumerate(work):
+            now, row = ahead, pl.ds(g, 1)
+            if step + 1 < len(work):
+                ahead = logits(*work[step + 1])
+            if part is parts[0]:
+                top, total, acc = top_ref[row], sum_ref[row], acc_ref[g]
+            v = v_ref[0, 0, 0, part]
+            before, top = top, jnp.maximum(top, jnp.max(now, axis=0, keepdims=True))
+            weights, shrunk = jnp.exp2(now - top), jnp.exp2(before - top)
+            total = total * shrunk + jnp.sum(weights, axis=0, keepdims=True)
+            acc = acc * shrunk + _dot(v, weights.astype(v.dtype), TRANSPOSED)
+            if part is parts[-1]:
+                top_ref[row], sum_ref[row], acc_ref[g] = top, total, acc
+
+    _meet(visit, q_at_ref, k_at_ref, scalars.window, G, meet)
 
     @pl.when(visit.ends)
     def _():
-        def head(g, _):
-            row = pl.ds(g, 1)
-            total = sum_ref[row]
-            sees = total > 0
-            out = acc_ref[g] / jnp.where(sees, total, 1.0)
-            out_ref[0, 0, g] = out.T.astype(out_ref.dtype)
-            lse_ref[0, 0, row] = jnp.where(sees, (top_ref[row] + jnp.log2(total)) / LOG2_E, EMPTY)
+        def finish(heads):
+            for g in heads:
+                row = pl.ds(g, 1)
+                sees = sum_ref[row] > 0
+                total = jnp.where(sees, sum_ref[row], 1.0)
+                out_ref[0, 0, g] = (acc_ref[g] / total).T.astype(out_ref.dtype)
+                lse_ref[0, 0, row] = jnp.where(sees, (top_ref[row] + jnp.log2(total)) / LOG2_E, EMPTY)
 
-        _for_each(G, head, None)
+        _for_heads(G, finish)
 
 
 def _backward_kernel(*refs, scale: float, softcap: float | None):
@@ -240,25 +255,27 @@ def _backward_kernel(*refs, scale: float, softcap: float | None):
         k_acc[here] = jnp.zeros((size, H), jnp.float32)
         v_acc[here] = jnp.zeros((size, H), jnp.float32)
 
-    def head(g, mask):
-        row = pl.ds(g, 1)
-        q, k, v, d_out = q_ref[0, 0, g], k_ref[0, 0, 0], v_ref[0, 0, 0], d_out_ref[0, 0, g]
-        logits, slope = _logits(k, q, mask, scale, softcap)
-        weights = jnp.exp2(logits - lse_ref[0, 0, row])
-        v_acc[here] += _dot(weights.astype(d_out.dtype), d_out, PLAIN)
-        d_logits = weights * (_dot(v, d_out, ACROSS) - delta_ref[0, 0, row])
-        d_logits = (d_logits if slope is None else d_logits * slope).astype(q.dtype)
-        k_acc[here] += _dot(d_logits, q, PLAIN)
-        q_acc[g] += _dot(k, d_logits, TRANSPOSED)
+    def meet(heads, mask):
+        for g in heads:
+            row = pl.ds(g, 1)
+            q, k, v, d_out = q_ref[0, 0, g], k_ref[0, 0, 0], v_ref[0, 0, 0], d_out_ref[0, 0, g]
+            logits, slope = _logits(k, q, mask, scale, softcap)
+            weights = jnp.exp2(logits - lse_ref[0, 0, row])
+            v_acc[here] += _dot(weights.astype(d_out.dtype), d_out, PLAIN)
+            d_logits = weights * (_dot(v, d_out, ACROSS) - delta_ref[0, 0, row])
+            d_logits = (d_logits if slope is None else d_logits * slope).astype(q.dtype)
+            k_acc[here] += _dot(d_logits, q, PLAIN)
+            q_acc[g] += _dot(k, d_logits, TRANSPOSED)
 
-    _meet(visit, q_at_ref, k_at_ref, scalars.window, G, head)
+    _meet(visit, q_at_ref, k_at_ref, scalars.window, G, meet)
 
     @pl.when(visit.ends)
     def _():
-        def head(g, _):
-            d_q_ref[0, 0, g] = (q_acc[g] * scale).T.astype(d_q_ref.dtype)
+        def finish(heads):
+            for g in heads:
+                d_q_ref[0, 0, g] = (q_acc[g] * scale).T.astype(d_q_ref.dtype)
 
-        _for_each(G, head, None)
+        _for_heads(G, finish)
 
     @pl.when(visit.is_last)
     def _():
@@ -266,33 +283,30 @@ def _backward_kernel(*refs, scale: float, softcap: float | None):
         d_v_ref[0, 0, 0] = v_acc[here].astype(d_v_ref.dtype)
 
 
-def _meet(visit, q_at_ref, k_at_ref, window, G, head):
-    """Run `head` for each query head, with a mask where not all is seen."""
+def _meet(visit, q_at_ref, k_at_ref, window, G, meet):
+    """Run `meet` for all query heads, with a mask where not all is seen."""
 
     @pl.when(visit.seen == SOME)
     def _():
         q_positions, q_segments = q_at_ref[0, 0:1], q_at_ref[0, 1:2]
-        k_positions, k_segments = (_column(k_at_ref[0, part : part + 1]) for part in (0, 1))
+        k_positions, k_segments = (jnp.transpose(k_at_ref[0, part : part + 1]) for part in (0, 1))
         distance = q_positions - k_positions
-        near = (distance >= 0) & (distance < window[0])
-        _for_each(G, head, jnp.where(near & (q_segments == k_segments), 0.0, HIDDEN))
+        visible = (distance >= 0) & (distance < window[0]) & (q_segments == k_segments)
+        mask = jnp.where(visible, 0.0, HIDDEN)
+        _for_heads(G, lambda heads: meet(heads, mask))
 
     @pl.when(visit.seen == ALL)
     def _():
-        _for_each(G, head, None)
+        _for_heads(G, lambda heads: meet(heads, None))
 
 
-def _for_each(G, head, mask):
-    if G <= UNROLLED:
-        for g in range(G):
-            head(g, mask)
+def _for_heads(G, run):
+    """`run` with a few heads at a time."""
+    size = math.gcd(G, HEADS_AT_ONCE)
+    if size == G:
+        run(range(G))
     else:
-        jax.lax.fori_loop(0, G, lambda g, _: head(g, mask), None)
-
-
-def _column(row):
-    """[1, n] to [n, 1]."""
-    return jnp.transpose(row)
+        jax.lax.fori_loop(0, G // size, lambda n, _: run([n * size + g for g in range(size)]), None)
 
 
 def _logits(k, q, mask, scale, softcap):
@@ -315,11 +329,11 @@ def _dot(a, b, contract):
 
 
 class _Scalars(NamedTuple):
-    """Visits of each row of the batch, in SMEM. A row's list is as long as all pairs; behind its end its last visit."""
+    """What the kernel reads before it copies blocks, in SMEM. A row's list has room for all pairs of blocks."""
 
-    visits: Int[Array, "B*visits"]  # query block, key block, what is seen
-    leaving: Int[Array, "B*visits"]  # next key block that is met for the last time; is this visit its first, its last
-    counts: Int[Array, "B"]
+    visits: Int[Array, "B*visits"]
+    leaving: Int[Array, "B*visits"]  # the next key block, counting this one, that has its last visit
+    counts: Int[Array, "B"]  # of visits; the rest of a row's list is empty
     window: Int[Array, "1"]
 
 
@@ -359,28 +373,22 @@ def _plan(block, q_at, k_at, window, G, H):
     window = jnp.asarray(EVERYTHING if window is None else window, jnp.int32)
     seen = _seen(_range(q_at, block.queries), _range(k_at, block.keys), window)
     B, num_queries, num_keys = seen.shape
-    length = num_queries * num_keys
-    # every block has a visit, even if only to be written as zeros
-    alone = ~jnp.any(seen > NOTHING, axis=2, keepdims=True) & (jnp.arange(num_keys) == 0)[None, None]
-    unseen = ~jnp.any(seen > NOTHING, axis=1, keepdims=True) & (jnp.arange(num_queries) == 0)[None, :, None]
-    visited = (seen > NOTHING) | alone | unseen
-    is_first = visited & (jnp.cumsum(visited, axis=1) == 1)
-    is_last = visited & (jnp.cumsum(visited[:, ::-1], axis=1)[:, ::-1] == 1)
-
-    counts = jnp.sum(visited, axis=(1, 2), dtype=jnp.int32)
-    order = jnp.argsort(~visited.reshape(B, length), axis=1, stable=True).astype(jnp.int32)
-    place = jnp.minimum(jnp.arange(length)[None], counts[:, None] - 1)
-
-    def listed(pairs):
-        pairs = jnp.broadcast_to(pairs, seen.shape).reshape(B, length).astype(jnp.int32)
-        return jnp.take_along_axis(jnp.take_along_axis(pairs, order, axis=1), place, axis=1)
-
+    assert max(num_queries, num_keys) <= MOST_BLOCKS, (seen.shape, block)
     query, key = jnp.arange(num_queries)[None, :, None], jnp.arange(num_keys)[None, None]
-    visits = listed((query << QUERY_SHIFT) | (key << KEY_SHIFT) | seen)
-    last = listed(is_last)
-    nearest = jax.lax.cummin(jnp.where(last > 0, place, length - 1), axis=1, reverse=True)
-    leaving = jnp.take_along_axis(listed(key), jnp.minimum(nearest, counts[:, None] - 1), axis=1)
-    leaving = (leaving << LEAVING_SHIFT) | (listed(is_first) * FIRST) | (last * LAST)
+    visited = seen > NOTHING
+    # a block that meets none has a visit all the same, to be written as zeros
+    visited |= ~jnp.any(visited, axis=2, keepdims=True) & (key == 0)
+    visited |= ~jnp.any(visited, axis=1, keepdims=True) & (query == 0)
+    first = query == jnp.argmax(visited, axis=1, keepdims=True)
+    last = query == num_queries - 1 - jnp.argmax(visited[:, ::-1], axis=1, keepdims=True)
+    visits = (query << QUERY) | (key << KEY) | jnp.where(last, LAST, 0) | jnp.where(first, FIRST, 0) | seen
+    visits = jnp.sort(jnp.where(visited, visits, EVERYTHING).reshape(B, -1), axis=1)
+    counts = jnp.sum(visited, axis=(1, 2), dtype=jnp.int32)
+    _, length = visits.shape
+    place = jnp.arange(length)[None]
+    leaves = (visits & LAST > 0) & (place < counts[:, None])
+    nearest = jnp.where(leaves, place * MOST_BLOCKS + (visits >> KEY) % MOST_BLOCKS, EVERYTHING)
+    leaving = jax.lax.cummin(nearest, axis=1, reverse=True) % MOST_BLOCKS
     return _Scalars(visits.ravel(), leaving.ravel(), counts, window.reshape(1)), _specs(block, length, G, H)
 
 
@@ -404,39 +412,41 @@ def _range(at: Places, block: int) -> _Range:
 
 
 def _specs(block: Blocks, length: int, G: int, H: int) -> _Specs:
-    def at(row, t, scalars):
-        visit = _Scalars(*scalars).visits[row * length + t]
-        return visit >> QUERY_SHIFT, (visit >> KEY_SHIFT) & (2 ** (QUERY_SHIFT - KEY_SHIFT) - 1)
+    def place(row, t, counts):
+        return row * length + jnp.minimum(t, counts[row] - 1)
 
-    def leaving(row, t, scalars):
-        return _Scalars(*scalars).leaving[row * length + t] >> LEAVING_SHIFT
+    def query(row, t, visits, leaving, counts, window):
+        return visits[place(row, t, counts)] >> QUERY
+
+    def key(row, t, visits, leaving, counts, window):
+        return (visits[place(row, t, counts)] >> KEY) & (MOST_BLOCKS - 1)
+
+    def leaving_key(row, t, visits, leaving, counts, window):
+        return leaving[place(row, t, counts)]
 
     return _Specs(
-        queries=pl.BlockSpec((1, 1, G, block.queries, H), lambda b, h, t, *s: (b, h, 0, at(b, t, s)[0], 0)),
-        keys=pl.BlockSpec((1, 1, 1, block.keys, H), lambda b, h, t, *s: (b, h, 0, at(b, t, s)[1], 0)),
-        leaving_keys=pl.BlockSpec((1, 1, 1, block.keys, H), lambda b, h, t, *s: (b, h, 0, leaving(b, t, s), 0)),
-        rows=pl.BlockSpec((1, 1, G, block.queries), lambda b, h, t, *s: (b, h, 0, at(b, t, s)[0])),
-        query_places=pl.BlockSpec((1, 2, block.queries), lambda b, h, t, *s: (b, 0, at(b, t, s)[0])),
-        key_places=pl.BlockSpec((1, 2, block.keys), lambda b, h, t, *s: (b, 0, at(b, t, s)[1])),
+        queries=pl.BlockSpec((1, 1, G, block.queries, H), lambda b, h, t, *s: (b, h, 0, query(b, t, *s), 0)),
+        keys=pl.BlockSpec((1, 1, 1, block.keys, H), lambda b, h, t, *s: (b, h, 0, key(b, t, *s), 0)),
+        leaving_keys=pl.BlockSpec((1, 1, 1, block.keys, H), lambda b, h, t, *s: (b, h, 0, leaving_key(b, t, *s), 0)),
+        rows=pl.BlockSpec((1, 1, G, block.queries), lambda b, h, t, *s: (b, h, 0, query(b, t, *s))),
+        query_places=pl.BlockSpec((1, 2, block.queries), lambda b, h, t, *s: (b, 0, query(b, t, *s))),
+        key_places=pl.BlockSpec((1, 2, block.keys), lambda b, h, t, *s: (b, 0, key(b, t, *s))),
     )
 
 
 def _visit(scalars: _Scalars) -> _Visit:
     row, t = pl.program_id(0), pl.program_id(2)
-    count = scalars.counts[row]
-    (size,), (num_rows,) = scalars.visits.shape, scalars.counts.shape
-    length = size // num_rows
-    here = row * length + t
-    visit = scalars.visits[here]
+    (size,), (num_rows,), count = scalars.visits.shape, scalars.counts.shape, scalars.counts[row]
+    here = row * (size // num_rows) + t
+    visit, alive = scalars.visits[here], t < count
     before, after = scalars.visits[jnp.maximum(here - 1, 0)], scalars.visits[jnp.minimum(here + 1, size - 1)]
-    query, leaving, alive = visit >> QUERY_SHIFT, scalars.leaving[here], t < count
     return _Visit(
-        key=(visit >> KEY_SHIFT) & (2 ** (QUERY_SHIFT - KEY_SHIFT) - 1),
-        seen=jnp.where(alive, visit & (2**KEY_SHIFT - 1), NOTHING),
-        starts=alive & ((t == 0) | (before >> QUERY_SHIFT != query)),
-        ends=alive & ((t == count - 1) | (after >> QUERY_SHIFT != query)),
-        is_first=alive & (leaving & FIRST > 0),
-        is_last=alive & (leaving & LAST > 0),
+        key=(visit >> KEY) & (MOST_BLOCKS - 1),
+        seen=jnp.where(alive, visit & SEEN, NOTHING),
+        starts=alive & ((t == 0) | (before >> QUERY != visit >> QUERY)),
+        ends=alive & ((t == count - 1) | (after >> QUERY != visit >> QUERY)),
+        is_first=alive & (visit & FIRST > 0),
+        is_last=alive & (visit & LAST > 0),
     )
 
 
@@ -481,9 +491,7 @@ def _kept(*shape: int):
 
 
 def _compiler_params() -> pltpu.CompilerParams:
-    return pltpu.CompilerParams(
-        dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
-    )
+    return pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES)
 
 
 def _cost(arrays, *, pairs: int, products: int, H: int) -> pl.CostEstimate:
