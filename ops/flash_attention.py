@@ -40,6 +40,9 @@ class Blocks(NamedTuple):
 
 BLOCKS = Blocks(512, 512)
 
+# A jitted function whose results nobody needs is dropped, as where remat has them saved; a bare kernel would be kept.
+_jit = functools.partial(jax.jit, static_argnames=("scale", "softcap", "blocks", "interpret"))
+
 
 def attend(
     q: Float[Array, "B T N H"],
@@ -57,6 +60,7 @@ def attend(
     return _attend(q, k, v, q_at, k_at, window, scale, softcap, interpret)
 
 
+@_jit
 def forward(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
@@ -94,6 +98,7 @@ def forward(
     return _tokens(out, T), rearrange(lse[..., :T], "B K G T -> B (K G) T")
 
 
+@_jit
 def backward(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
@@ -187,7 +192,7 @@ def _forward_kernel(*refs, scale: float, softcap: float | None):
     *_, size, _ = k_ref.shape
 
     @pl.when(visit.starts)
-    def _():
+    def clear():
         top_ref[...] = jnp.full(top_ref.shape, EMPTY, jnp.float32)
         sum_ref[...] = jnp.zeros(sum_ref.shape, jnp.float32)
         acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
@@ -219,7 +224,7 @@ def _forward_kernel(*refs, scale: float, softcap: float | None):
     _meet(visit, q_at_ref, k_at_ref, visits.window, G, meet)
 
     @pl.when(visit.ends)
-    def _():
+    def write():
         def finish(heads):
             for g in heads:
                 row = pl.ds(g, 1)
@@ -240,11 +245,11 @@ def _backward_kernel(*refs, scale: float, softcap: float | None):
     here = pl.ds(visit.key * size, size)
 
     @pl.when(visit.starts)
-    def _():
+    def clear():
         q_acc[...] = jnp.zeros(q_acc.shape, jnp.float32)
 
     @pl.when(visit.is_first)
-    def _():
+    def clear_keys():
         k_acc[here] = jnp.zeros((size, H), jnp.float32)
         v_acc[here] = jnp.zeros((size, H), jnp.float32)
 
@@ -263,7 +268,7 @@ def _backward_kernel(*refs, scale: float, softcap: float | None):
     _meet(visit, q_at_ref, k_at_ref, visits.window, G, meet)
 
     @pl.when(visit.ends)
-    def _():
+    def write():
         def finish(heads):
             for g in heads:
                 d_q_ref[0, 0, g] = (q_acc[g] * scale).T.astype(d_q_ref.dtype)
@@ -271,7 +276,7 @@ def _backward_kernel(*refs, scale: float, softcap: float | None):
         _for_heads(G, finish)
 
     @pl.when(visit.is_last)
-    def _():
+    def write_keys():
         d_k_ref[0, 0, 0] = (k_acc[here] * scale).astype(d_k_ref.dtype)
         d_v_ref[0, 0, 0] = v_acc[here].astype(d_v_ref.dtype)
 
@@ -280,7 +285,7 @@ def _meet(visit, q_at_ref, k_at_ref, window, G, meet):
     """Run `meet` for all query heads, with a mask where not all is seen."""
 
     @pl.when(visit.seen == SOME)
-    def _():
+    def meet_in_part():
         q_positions, q_segments = q_at_ref[0, 0:1], q_at_ref[0, 1:2]
         k_positions, k_segments = (jnp.transpose(k_at_ref[0, part : part + 1]) for part in (0, 1))
         distance = q_positions - k_positions
@@ -289,7 +294,7 @@ def _meet(visit, q_at_ref, k_at_ref, window, G, meet):
         _for_heads(G, lambda heads: meet(heads, mask))
 
     @pl.when(visit.seen == ALL)
-    def _():
+    def meet_in_full():
         _for_heads(G, lambda heads: meet(heads, None))
 
 
