@@ -104,7 +104,7 @@ class Decoder(nnx.Module):
     def embed(self, tokens: Int[Array, "B T"], queries: Queries) -> Float[Array, "B t D"]:
         """What the first layer gets, laid out as RESIDUAL."""
         with jax.named_scope("embedding"):
-            return gathered(self.embedding)(tokens, queries.positions)
+            return self.embedding(tokens, queries.positions)
 
     def finish(self, x: Float[Array, "B t D"]) -> Float[Array, "B T D"]:
         """The last layer's result after the final norm."""

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from model.config import ModelConfig, RopeScaling
 from ops.slabs import Slabs
-from parallel.sharding import Names, added, einsum, manual_axes, part_index, place, relaid
+from parallel.sharding import Names, added, einsum, manual_axes, part_index, place, relaid, token_axes, whole
 
 Key = jax.Array
 TOGETHER = ("batch", "seq", "act_embed")  # activations where tokens meet
@@ -119,12 +119,24 @@ def _yarn(plain: list[float], head_dim: int, theta: float, scaling: RopeScaling)
 
 
 def look_up(table: Float[Array, "V D"] | Slabs, tokens: Int[Array, "B T"]) -> Float[Array, "B t D"]:
-    """Rows of an embedding table, laid out as RESIDUAL."""
+    """Rows of an embedding table, laid out as RESIDUAL.
+
+    Where D is split over devices with tokens of their own, each looks up its columns for the tokens of all, and an
+    all-to-all brings the rows together: less to send than the table, as long as there are fewer tokens than rows.
+    """
     if isinstance(table, Slabs):
         return table.take(tokens)
+    axes = token_axes("embed")
+    for axis in reversed(axes):
+        tokens = jax.lax.all_gather(tokens, axis, axis=0, tiled=True)
     mine, is_mine = my_rows(tokens, table)
-    rows = jnp.take(place(table, ("vocab", None)), mine, axis=0)  # automatic: all-gather over fsdp before the look-up
-    return added(jnp.where(is_mine[..., None], rows, 0) if manual_axes("vocab") else rows, "vocab", RESIDUAL)
+    wide = place(table, ("vocab", None)).astype(jnp.float32)  # so that gradients of a row are added up in float32
+    rows = jnp.take(wide, mine, axis=0).astype(table.dtype)  # automatic: all-gather over fsdp before the look-up
+    if manual_axes("vocab"):
+        rows = jnp.where(is_mine[..., None], rows, 0)
+    if axes:
+        rows = jax.lax.all_to_all(rows, axes, split_axis=0, concat_axis=2, tiled=True)
+    return added(rows, "vocab", RESIDUAL)
 
 
 def my_rows(ids: Int[Array, "..."], table: Float[Array, "V D"]) -> tuple[Int[Array, "..."], Bool[Array, "..."]]:
@@ -153,7 +165,8 @@ class Embedding(nnx.Module):
         x = x * jnp.asarray(self.scale, self.dtype)
         if self.positions is not None:
             positions = relaid(positions, TOGETHER[:2], RESIDUAL[:2])
-            x = x + jnp.take(self.positions[...], positions, axis=0, mode="clip").astype(self.dtype)
+            table = whole(self.positions[...], (None, "embed"))
+            x = x + jnp.take(table, positions, axis=0, mode="clip").astype(self.dtype)
         return place(x, RESIDUAL)
 
 

@@ -38,7 +38,8 @@ class TrainConfig:
     batch_size: int  # B, sequences in one step over all devices
     seq_len: int  # T, tokens in one sequence
     accumulate: int = 1  # the batch is computed in this many parts, gradients summed
-    loss_chunk: int = 512  # tokens whose logits exist at once, per sequence row
+    loss: Literal["tokens", "vocabulary"] = "tokens"  # logits made in parts of T, or twice in parts of V (less memory)
+    loss_chunk: int = 512  # logits of a part: of so many tokens of each row, or of so many entries of V
     z_loss: float = 0.0  # weight of log(Z)^2, which keeps logits from drifting
     eval_every: int = 100  # steps between evaluations
     eval_batches: int = 0  # validation batches per evaluation; 0 is all of them

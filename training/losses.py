@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from model.layers import TOGETHER, my_rows
-from parallel.sharding import einsum, manual_axes, num_parts
+from parallel.sharding import einsum, manual_axes, num_parts, part_index, whole
 
 
 class Loss(NamedTuple):
@@ -107,6 +107,85 @@ def _backward(chunk, softcap, z_loss, residuals, cotangent: Loss):
 
 
 chunked_token_loss.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def vocabulary_loss(hidden, table, targets, mask, chunk, softcap, z_loss) -> Loss:
+    """`token_loss` over at most `chunk` entries of V at a time, of a table that is gathered part by part.
+
+    log Z is known only after all of V, so gradients take a second round in which the parts are gathered and their
+    logits made again: a fourth product, for which neither the logits nor the table nor its gradient ever exist whole.
+    """
+    return _vocabulary_sums(hidden, table, targets, mask, chunk, softcap, z_loss)[0]
+
+
+def _vocabulary_sums(hidden, table, targets, mask, chunk, softcap, z_loss) -> tuple[Loss, Float[Array, "B T"]]:
+    """-> loss, log Z."""
+    B, T, _ = hidden.shape
+
+    def add(sums, part):
+        top, total, chosen = sums
+        logits, _ = _part_logits(hidden, part[0], softcap)
+        higher = jnp.maximum(top, jnp.max(logits, axis=-1))
+        total = total * jnp.exp(top - higher) + jnp.sum(jnp.exp(logits - higher[..., None]), axis=-1)
+        hit = _hits(part, targets)
+        return (higher, total, chosen + jnp.sum(jnp.where(hit, logits, 0), axis=-1)), None
+
+    zeros = jnp.zeros((B, T), jnp.float32)
+    (top, total, chosen), _ = jax.lax.scan(add, (zeros - jnp.inf, zeros, zeros), _parts(table, chunk))
+    highest = _over_all(jax.lax.pmax, top)
+    log_z = highest + jnp.log(_over_all(jax.lax.psum, total * jnp.exp(top - highest)))
+    nll = jnp.sum((log_z - _over_all(jax.lax.psum, chosen)) * mask)
+    return Loss(nll + z_loss * jnp.sum(jnp.square(log_z) * mask), nll), log_z
+
+
+def _vocabulary_forward(hidden, table, targets, mask, chunk, softcap, z_loss):
+    loss, log_z = _vocabulary_sums(hidden, table, targets, mask, chunk, softcap, z_loss)
+    mask = mask * num_parts(manual_axes("vocab"))  # every device's share of the loss depends on every part of V
+    spread = (mask * (1 + 2 * z_loss * log_z))[..., None]
+
+    def add(grad, part):
+        logits, entries = _part_logits(hidden, part[0], softcap)
+        d_logits = spread * jnp.exp(logits - log_z[..., None]) - jnp.where(_hits(part, targets), mask[..., None], 0)
+        if softcap is not None:
+            d_logits = d_logits * (1 - jnp.square(logits / softcap))
+        d_logits = d_logits.astype(hidden.dtype)
+        grad = grad + jnp.einsum("BTV,VD->BTD", d_logits, entries, preferred_element_type=jnp.float32)
+        _, pull = jax.vjp(lambda rows: whole(rows, ("vocab", "embed")), part[0])
+        (fresh,) = pull(jnp.einsum("BTV,BTD->VD", d_logits, hidden).astype(table.dtype))
+        return grad, fresh
+
+    grad, table_grad = jax.lax.scan(add, jnp.zeros(hidden.shape, jnp.float32), _parts(table, chunk))
+    return loss, (grad.astype(hidden.dtype), table_grad.reshape(table.shape))
+
+
+def _vocabulary_backward(chunk, softcap, z_loss, residuals, cotangent: Loss):
+    return (*(grad * cotangent.total.astype(grad.dtype) for grad in residuals), None, None)
+
+
+vocabulary_loss.defvjp(_vocabulary_forward, _vocabulary_backward)
+
+
+def _parts(table: Float[Array, "V D"], chunk: int) -> tuple[Array, Array]:
+    """The table in equal parts of at most `chunk` rows, and the entry of V that each begins with."""
+    V, D = table.shape
+    fitting = [num for num in range(1, V + 1) if V % num == 0 and V // num <= max(chunk, 1)]
+    num = next((num for num in fitting if V // num % 128 == 0), fitting[0])
+    first = part_index(manual_axes("vocab")) * V + jnp.arange(num, dtype=jnp.int32) * (V // num)
+    return table.reshape(num, V // num, D), first
+
+
+def _part_logits(hidden: Float[Array, "B T D"], rows: Float[Array, "V d"], softcap: float | None):
+    """-> logits of a part of V, capped, and its rows with all of D."""
+    entries = whole(rows, ("vocab", "embed")).astype(hidden.dtype)
+    logits = jnp.einsum("BTD,VD->BTV", hidden, entries, preferred_element_type=jnp.float32)
+    return (logits if softcap is None else softcap * jnp.tanh(logits / softcap)), entries
+
+
+def _hits(part: tuple[Array, Array], targets: Int[Array, "B T"]) -> Bool[Array, "B T V"]:
+    """Which entry of this part of V is a token's target."""
+    rows, first = part
+    return (targets - first)[..., None] == jnp.arange(rows.shape[0], dtype=targets.dtype)[None, None]
 
 
 def _over_all(add: Callable, x: Float[Array, "..."]) -> Float[Array, "..."]:

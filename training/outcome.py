@@ -12,9 +12,21 @@ from model.decoder import Decoder
 from model.moe import Aux
 from parallel.sharding import num_copies, whole
 from training.config import TrainConfig
-from training.losses import chunked_token_loss
+from training.losses import Loss, chunked_token_loss, vocabulary_loss
 
 Scale = float | Float[Array, ""]  # one over the number of tokens for a mean, 1 for a sum
+
+
+def _by_tokens(table, hidden, targets, mask, chunk, softcap, z_loss) -> Loss:
+    table, chunk = whole(table, ("vocab", "embed")), min(chunk, hidden.shape[1])
+    return chunked_token_loss(hidden, table, targets, mask, chunk, softcap, z_loss)
+
+
+def _by_vocabulary(table, hidden, targets, mask, chunk, softcap, z_loss) -> Loss:
+    return vocabulary_loss(hidden, table, targets, mask, chunk, softcap, z_loss)
+
+
+LOSSES = {"tokens": _by_tokens, "vocabulary": _by_vocabulary}
 
 
 class Outcome(NamedTuple):
@@ -37,10 +49,9 @@ def batch_outcome(
 ) -> Outcome:
     """Cross-entropy of hidden states, `scale` times its sum over tokens."""
     with jax.named_scope("loss"):
-        table = whole(decoder.unembedding, ("vocab", "embed"))
         share = jnp.asarray(batch.mask) * scale / num_copies()
-        chunk, softcap = min(how.loss_chunk, hidden.shape[1]), decoder.config.final_softcap
-        loss = chunked_token_loss(hidden, table, jnp.asarray(batch.targets), share, chunk, softcap, how.z_loss)
+        arrays = hidden, jnp.asarray(batch.targets), share
+        loss = LOSSES[how.loss](decoder.unembedding, *arrays, how.loss_chunk, decoder.config.final_softcap, how.z_loss)
     return Outcome(*loss, None)
 
 
