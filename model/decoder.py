@@ -156,7 +156,7 @@ def _scanned(config: ModelConfig, stacks, x, queries: Queries, memory):
     """One compiled layer for each stack, looped."""
     around, first = _surroundings(config, queries), config.num_dense_layers
     if not first:
-        return _looped(config, *stacks, config.layer_kinds, around, x, queries, memory)
+        return _looped(config, stacks[0], config.layer_kinds, around, x, queries, memory)
     after, aux = [], None
     for stack, part in zip(stacks, (slice(0, first), slice(first, None)), strict=True):
         mine = jax.tree.map(lambda leaf, part=part: leaf[part], memory)

@@ -43,8 +43,9 @@ class LatentAttention(nnx.Module):
         self.o = matrix(o, (N, self.value_dim, D), ("heads", "head", "embed"), fan_in=fan_in, scale=depth_scale)
 
     def __call__(
-        self, x: Float[Array, "B T D"], rope: Rope, window, queries: Queries, memory: Memory
+        self, x: Float[Array, "B T D"], rope: Rope | None, window, queries: Queries, memory: Memory
     ) -> tuple[Float[Array, "B T D"], Memory]:
+        assert rope is not None  # the config refuses learned positions
         q, (k, v) = self._queries(x, rope), self._keys_values(x, rope)
         out, memory = memory.attend(q, k, v, queries, Rule(self.query_scale, self.softcap, window))
         out = einsum("BTNH,NHD->BTD", out[..., : self.value_dim], self.o[...], out=("batch", "seq", "act_embed"))
