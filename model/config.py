@@ -5,6 +5,9 @@ import math
 from typing import Literal
 
 LayerKind = Literal["global", "window"]
+Activation = Literal[
+    "query", "key", "value", "attention_out", "attention_lse", "middle", "ffn_gate", "ffn_up"
+]  # what a layer may keep, in the order in which it is made
 RouterKind = Literal["softmax", "softmax_after", "sigmoid"]
 
 
@@ -63,7 +66,10 @@ class ModelConfig:
     tied: bool = True  # the unembedding is the embedding table
     init_scale: float = 1.0  # multiplies the fan-in standard deviation of every initial matrix
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of matmuls; parameters stay float32
-    remat: Literal["none", "dots", "full"] = "none"  # what backward computes again: nothing, all but matmuls, all
+    remat: Literal["none", "dots", "minimal", "attention", "full"] = "none"  # what a layer keeps for backward: all … its input
+    remat_save: tuple[Activation, ...] = ()  # activations kept besides
+    remat_offload: tuple[Activation, ...] = ()  # activations kept in host memory
+    kernels: Literal["auto", "plain", "pallas"] = "auto"  # own kernels for TPUs, or plain XLA; auto goes by the platform
     scan_layers: bool = True  # one compiled layer looped L times (fast compile) rather than L copies
     num_experts: int = 0  # E, experts of a layer's FFN; 0 is one dense FFN
     experts_per_token: int = 0  # A, experts that each token goes through
@@ -186,3 +192,13 @@ def _check_experts(config: ModelConfig) -> None:
             f"gated={config.gated}, ffn_bias={config.ffn_bias} do not go with num_experts={E}; "
             "experts are gated and have no biases"
         )
+
+
+def with_kernels(config: ModelConfig, platform: str) -> ModelConfig:
+    """The config with its kernels chosen for a platform; ValueError for own kernels where they don't run."""
+    if config.kernels == "pallas" and platform != "tpu":
+        raise ValueError(
+            f"model.kernels=pallas are for TPUs, but the devices here are {platform}s; give auto, or plain for XLA's own"
+        )
+    kernels = ("pallas" if platform == "tpu" else "plain") if config.kernels == "auto" else config.kernels
+    return dataclasses.replace(config, kernels=kernels)

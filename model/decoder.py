@@ -6,24 +6,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
 
 from model.attention import Attention
-from model.config import LayerKind, ModelConfig
+from model.config import ModelConfig
 from model.latent_attention import LatentAttention
-from model.layers import Embedding, FeedForward, Key, Norm, Rope, matrix, rope
+from model.layers import RESIDUAL, TOGETHER, Embedding, FeedForward, Key, Norm, Rope, matrix, names_of, rope
 from model.memory import Queries
 from model.moe import Aux, MoE
+from model.remat import rematerialized
 from ops.slabs import Slabs
-from parallel.sharding import einsum
+from parallel.sharding import einsum, everywhere, relaid, whole
 
 FOREVER = 2**30  # a window that hides nothing
-
-REMAT = {
-    "none": lambda f: f,
-    "dots": lambda f: jax.checkpoint(f, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
-    "full": jax.checkpoint,
-}
 
 
 class Surroundings(NamedTuple):
@@ -47,10 +43,11 @@ class Block(nnx.Module):
         self.attention_post_norm = Norm(config, config.embed_dim) if config.post_norms else nnx.data(None)
         self.ffn_post_norm = Norm(config, config.embed_dim) if config.post_norms else nnx.data(None)
 
-    def __call__(self, x: Float[Array, "B T D"], around: Surroundings, queries: Queries, memory):
+    def __call__(self, x: Float[Array, "B t D"], around: Surroundings, queries: Queries, memory):
         with jax.named_scope("attention"):
             y, memory = self.attention(self.attention_norm(x), around.rope, around.window, queries, memory)
             x = x + (y if self.attention_post_norm is None else self.attention_post_norm(y))
+            x = checkpoint_name(x, "middle")
         with jax.named_scope("ffn"):
             y, aux = self.ffn_norm(x), None
             if isinstance(self.ffn, MoE):
@@ -98,12 +95,20 @@ class Decoder(nnx.Module):
         self, tokens: Int[Array, "B T"], queries: Queries, memory
     ) -> tuple[Float[Array, "B T D"], Any, Aux | None]:
         """The same and, stacked over the layers that have experts, what these tell of themselves."""
-        with jax.named_scope("embedding"):
-            x = self.embedding(tokens, queries.positions)
+        x = self.embed(tokens, queries)
         stacks = [stack for stack in (self.dense_layers, self.layers) if stack is not None]
         run = _scanned if self.config.scan_layers else _unrolled
         x, memory, aux = run(self.config, stacks, x, queries, memory)
-        return self.norm(x), memory, aux
+        return self.finish(x), memory, aux
+
+    def embed(self, tokens: Int[Array, "B T"], queries: Queries) -> Float[Array, "B t D"]:
+        """What the first layer gets, laid out as RESIDUAL."""
+        with jax.named_scope("embedding"):
+            return gathered(self.embedding)(tokens, queries.positions)
+
+    def finish(self, x: Float[Array, "B t D"]) -> Float[Array, "B T D"]:
+        """The last layer's result after the final norm."""
+        return relaid(self.norm(x), RESIDUAL, TOGETHER)
 
     @property
     def unembedding(self) -> Float[Array, "V D"] | Slabs:
@@ -124,6 +129,17 @@ def output_logits(
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
+def gathered(module: nnx.Module) -> Any:
+    """The module with its parameters gathered over the axes that split tokens; the scatter of gradients is its twin."""
+    if not everywhere():
+        return module
+    graphdef, state = nnx.split(module)
+    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
+    return nnx.merge(
+        graphdef, jax.tree.map(lambda leaf: leaf.replace(whole(leaf[...], names_of(leaf))), state, is_leaf=is_variable)
+    )
+
+
 def _surroundings(config: ModelConfig, queries: Queries) -> dict[str, Surroundings]:
     """For each kind of layer the config has."""
     if config.positions == "learned":
@@ -141,7 +157,7 @@ def _surroundings(config: ModelConfig, queries: Queries) -> dict[str, Surroundin
 def _unrolled(config: ModelConfig, stacks, x, queries: Queries, memory):
     """L copies of the layer: slower to compile, no slicing of stacked weights."""
     around = _surroundings(config, queries)
-    block = REMAT[config.remat](lambda block, *rest: block(*rest))
+    block = rematerialized(lambda block, *rest: gathered(block)(*rest), config)
     layers = [layer for stack in stacks for layer in stack]
     after, told = [], []
     memories = memory if isinstance(memory, tuple) else (memory,) * config.num_layers
@@ -154,25 +170,30 @@ def _unrolled(config: ModelConfig, stacks, x, queries: Queries, memory):
 
 def _scanned(config: ModelConfig, stacks, x, queries: Queries, memory):
     """One compiled layer for each stack, looped."""
-    around, first = _surroundings(config, queries), config.num_dense_layers
+    kinds, first = window_layers(config), config.num_dense_layers
     if not first:
-        return _looped(config, stacks[0], config.layer_kinds, around, x, queries, memory)
+        return looped(config, stacks[0], kinds, x, queries, memory)
     after, aux = [], None
     for stack, part in zip(stacks, (slice(0, first), slice(first, None)), strict=True):
         mine = jax.tree.map(lambda leaf, part=part: leaf[part], memory)
-        x, mine, aux = _looped(config, stack, config.layer_kinds[part], around, x, queries, mine)
+        x, mine, aux = looped(config, stack, kinds[part], x, queries, mine)
         after.append(mine)
     return x, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *after), aux
 
 
-def _looped(config: ModelConfig, layers, kinds: tuple[LayerKind, ...], around, x, queries: Queries, memory):
-    """Where layers differ in kind, the kind is data that each turn selects by."""
+def window_layers(config: ModelConfig) -> Bool[Array, "L"]:
+    """Which layers see a window only."""
+    return jnp.asarray([kind == "window" for kind in config.layer_kinds])
+
+
+def looped(config: ModelConfig, layers, is_window: Bool[Array, "L"], x, queries: Queries, memory):
+    """One compiled layer over a stack of them. Where layers differ in kind, each turn selects by `is_window`."""
     graphdef, state = nnx.split(layers)
-    is_window = jnp.asarray([kind == "window" for kind in kinds])
+    around = _surroundings(config, queries)
 
     def body(x, turn):
         state, mine, is_window = turn
-        block = nnx.merge(graphdef, state)
+        block = gathered(nnx.merge(graphdef, state))
         if len(around) == 1:
             (mine_around,) = around.values()
         else:
@@ -180,7 +201,7 @@ def _looped(config: ModelConfig, layers, kinds: tuple[LayerKind, ...], around, x
         x, mine, aux = block(x, mine_around, queries, mine)
         return x, (mine, aux)
 
-    x, (memory, aux) = jax.lax.scan(REMAT[config.remat](body), x, (state, memory, is_window), length=len(kinds))
+    x, (memory, aux) = jax.lax.scan(rematerialized(body, config), x, (state, memory, is_window))
     return x, memory, aux
 
 

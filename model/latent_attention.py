@@ -6,9 +6,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from model.config import ModelConfig
-from model.layers import Key, Norm, Rope, matrix
+from model.layers import RESIDUAL, TOGETHER, Key, Norm, Rope, matrix
 from model.memory import Memory, Queries, Rule
-from parallel.sharding import einsum
+from parallel.sharding import einsum, relaid
 
 
 class LatentAttention(nnx.Module):
@@ -43,13 +43,15 @@ class LatentAttention(nnx.Module):
         self.o = matrix(o, (N, self.value_dim, D), ("heads", "head", "embed"), fan_in=fan_in, scale=depth_scale)
 
     def __call__(
-        self, x: Float[Array, "B T D"], rope: Rope | None, window, queries: Queries, memory: Memory
-    ) -> tuple[Float[Array, "B T D"], Memory]:
+        self, x: Float[Array, "B t D"], rope: Rope | None, window, queries: Queries, memory: Memory
+    ) -> tuple[Float[Array, "B t D"], Memory]:
+        """x and what comes out are laid out as RESIDUAL."""
+        x = relaid(x, RESIDUAL, TOGETHER)
         assert rope is not None  # the config refuses learned positions
         q, (k, v) = self._queries(x, rope), self._keys_values(x, rope)
         out, memory = memory.attend(q, k, v, queries, Rule(self.query_scale, self.softcap, window))
-        out = einsum("BTNH,NHD->BTD", out[..., : self.value_dim], self.o[...], out=("batch", "seq", "act_embed"))
-        return out, memory
+        out = out[..., : self.value_dim]
+        return einsum("BTNH,NHD->BTD", out, self.o[...], sums="act_heads", out=RESIDUAL), memory
 
     def _queries(self, x: Float[Array, "B T D"], rope: Rope) -> Float[Array, "B T N H"]:
         names = ("batch", "seq", "act_heads", None)
