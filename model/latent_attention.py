@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from model.config import ModelConfig
@@ -49,6 +50,7 @@ class LatentAttention(nnx.Module):
         x = relaid(x, RESIDUAL, TOGETHER)
         assert rope is not None  # the config refuses learned positions
         q, (k, v) = self._queries(x, rope), self._keys_values(x, rope)
+        q, k, v = checkpoint_name(q, "query"), checkpoint_name(k, "key"), checkpoint_name(v, "value")
         out, memory = memory.attend(q, k, v, queries, Rule(self.query_scale, self.softcap, window))
         out = out[..., : self.value_dim]
         return einsum("BTNH,NHD->BTD", out, self.o[...], sums="act_heads", out=RESIDUAL), memory
