@@ -108,7 +108,11 @@ def split_dims(model: ModelConfig, train: TrainConfig) -> dict[str, dict[str, in
         "embed": {"model.embed_dim": model.embed_dim},
         "heads": {"model.num_heads": model.num_heads, "model.num_kv_heads": model.num_kv_heads},
         "head": {"model.head_dim": model.head_dim},
+        "rank": {"model.kv_rank": model.kv_rank, "model.q_rank": model.q_rank},
         "ffn": {"model.ffn_dim": model.ffn_dim},
         "vocab": {"model.vocab_size": model.vocab_size},
         "layers": {"model.num_layers": model.num_layers},
+        "experts": {"model.num_experts": model.num_experts},
+        "expert_embed": {"model.embed_dim": model.embed_dim},
+        "expert_ffn": {"model.expert_ffn_dim": model.expert_ffn_dim},
     }

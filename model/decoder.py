@@ -172,7 +172,7 @@ def _scanned(config: ModelConfig, stacks, x, queries: Queries, memory):
     """One compiled layer for each stack, looped."""
     kinds, first = window_layers(config), config.num_dense_layers
     if not first:
-        return looped(config, *stacks, kinds, x, queries, memory)
+        return looped(config, stacks[0], kinds, x, queries, memory)
     after, aux = [], None
     for stack, part in zip(stacks, (slice(0, first), slice(first, None)), strict=True):
         mine = jax.tree.map(lambda leaf, part=part: leaf[part], memory)

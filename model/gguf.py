@@ -20,7 +20,7 @@ from model.parameters import Parameters
 from model.weights import Foreign, Slot
 from parallel.config import AxisRules
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gpt2")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3moe", "gemma", "gemma2", "gemma3", "gpt2")
 SPARE = r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd\.weight"  # recomputed from the config, or checked against it
 NAMES = {
     "embedding.tokens": "token_embd.weight",
@@ -49,6 +49,19 @@ NAMES = {
     "layers.ffn.down": "blk.{l}.ffn_down.weight",
     "layers.ffn.down_bias": "blk.{l}.ffn_down.bias",
     "layers.ffn_post_norm.scale": "blk.{l}.post_ffw_norm.weight",
+}
+# All experts of a layer in one tensor.
+EXPERTS_NAMES = {
+    "layers.ffn.router": "blk.{l}.ffn_gate_inp.weight",
+    "layers.ffn.gate": "blk.{l}.ffn_gate_exps.weight",
+    "layers.ffn.up": "blk.{l}.ffn_up_exps.weight",
+    "layers.ffn.down": "blk.{l}.ffn_down_exps.weight",
+}
+EXPERTS_LAYOUTS = {
+    "layers.ffn.router": "E D -> D E",
+    "layers.ffn.gate": "E f D -> E D f",
+    "layers.ffn.up": "E f D -> E D f",
+    "layers.ffn.down": "E D f -> E f D",
 }
 FUSED_NAMES = {f"layers.attention.{mine}": "blk.{l}.attn_qkv.weight" for mine in "qkv"} | {
     f"layers.attention.{mine}_bias": "blk.{l}.attn_qkv.bias" for mine in "qkv"
@@ -100,10 +113,9 @@ def config_of(file: gguf_file.File, *, scan_layers: bool = True) -> ModelConfig:
         for key, value in file.metadata.items()
         if key.startswith(architecture + ".")
     }
-    if values.get("expert_count", 0):
-        raise ValueError(f"{file.path}: {values['expert_count']} experts; mixtures of experts are not supported")
     try:
-        return ModelConfig(**_common(values, file), **_family(values, architecture, file), scan_layers=scan_layers)
+        common, family = _common(values, file), _family(values, architecture, file)
+        return ModelConfig(**common, **family, **_experts(values, architecture, file), scan_layers=scan_layers)
     except KeyError as error:
         raise ValueError(f"{file.path} lacks the metadata {architecture}.{error.args[0]}") from error
 
@@ -185,6 +197,22 @@ def _family(values: Mapping[str, Any], architecture: str, file: gguf_file.File) 
     return family
 
 
+def _experts(values: Mapping[str, Any], architecture: str, file: gguf_file.File) -> dict[str, Any]:
+    """Mixtral, which is llama with experts as wide as its FFN would be, and Qwen 3's mixtures; nothing if dense."""
+    if not values.get("expert_count", 0):
+        return {}
+    if architecture not in ("llama", "qwen3moe"):
+        raise ValueError(
+            f"{file.path}: {values['expert_count']} experts in {architecture}; llama and qwen3moe may have them"
+        )
+    return {
+        "num_experts": values["expert_count"],
+        "experts_per_token": values["expert_used_count"],
+        "expert_ffn_dim": values["feed_forward_length" if architecture == "llama" else "expert_feed_forward_length"],
+        "router": "softmax_after" if architecture == "llama" else "softmax",
+    }
+
+
 def _kinds(values: Mapping[str, Any], period: int) -> tuple[LayerKind, ...]:
     """Local layers with a global one last in each period; a file may say so itself, by number or layer by layer."""
     pattern = values.get("attention.sliding_window_pattern", period)
@@ -236,5 +264,7 @@ def slots(config: ModelConfig, architecture: str) -> list[Slot]:
     """Where each tensor of a GGUF file goes."""
     if architecture == "gpt2":
         return weights.slots(config, NAMES | FUSED_NAMES, weights.LINEAR | weights.FUSED_LINEAR)
-    layouts = weights.LINEAR | (PERMUTED if architecture == "llama" else {})
-    return weights.slots(config, NAMES, layouts, added_to_norms=float(config.norm_zero_centered))
+    names, layouts = NAMES, weights.LINEAR | (PERMUTED if architecture == "llama" else {})
+    if config.num_experts:
+        names, layouts = names | EXPERTS_NAMES, layouts | EXPERTS_LAYOUTS
+    return weights.slots(config, names, layouts, added_to_norms=float(config.norm_zero_centered))

@@ -78,9 +78,9 @@ GPT2_NAMES = {
 }
 # GPT-2's matrices stand [in, out].
 GPT2_LAYOUTS = {
-    "layers.attention.q": "D (N H)+(K H)+(K H) -> D N H",
-    "layers.attention.k": "D (N H)+(K H)+(K H) -> D K H",
-    "layers.attention.v": "D (N H)+(K H)+(K H) -> D K H",
+    "layers.attention.q": "D [(N H)]+(K H)+(K H) -> D N H",
+    "layers.attention.k": "D (N H)+[(K H)]+(K H) -> D K H",
+    "layers.attention.v": "D (N H)+(K H)+[(K H)] -> D K H",
     "layers.attention.o": "(N H) D -> N H D",
     "layers.ffn.up": "D F -> D F",
     "layers.ffn.down": "F D -> F D",
@@ -115,12 +115,23 @@ MIXTRAL_NAMES = {
     "layers.ffn.up": "model.layers.{l}.block_sparse_moe.experts.{e}.w3.weight",
     "layers.ffn.down": "model.layers.{l}.block_sparse_moe.experts.{e}.w2.weight",
 }
+# All experts of a layer in one tensor, gate and up in one: as transformers 5 has them in memory, and rarely on disk.
+FUSED_NAMES = {
+    "layers.ffn.gate": "model.layers.{l}.mlp.experts.gate_up_proj",
+    "layers.ffn.up": "model.layers.{l}.mlp.experts.gate_up_proj",
+    "layers.ffn.down": "model.layers.{l}.mlp.experts.down_proj",
+}
+FUSED_LAYOUTS = {
+    "layers.ffn.gate": "E [f]+f D -> E D f",
+    "layers.ffn.up": "E f+[f] D -> E D f",
+    "layers.ffn.down": "E D f -> E f D",
+}
 # Buffers that some releases stored: rotary frequencies, GPT-2's causal masks.
 BUFFERS = r".*\.rotary_emb\.inv_freq|(transformer\.)?h\.\d+\.attn\.(masked_)?bias"
 
 
-def slots(config: ModelConfig) -> list[Slot]:
-    """Where each tensor of a checkpoint goes."""
+def slots(config: ModelConfig, *, fused: bool = False) -> list[Slot]:
+    """Where each tensor of a checkpoint goes; `fused` is one whose experts are not apart."""
     if config.positions == "learned":
         return weights.slots(config, GPT2_NAMES, weights.LINEAR | weights.FUSED_LINEAR | GPT2_LAYOUTS)
     names, layouts = LLAMA_NAMES | (POST_NORM_NAMES if config.post_norms else {}), weights.LINEAR
@@ -131,6 +142,8 @@ def slots(config: ModelConfig) -> list[Slot]:
         experts = MIXTRAL_NAMES if model_type(config) == "mixtral" else EXPERTS_NAMES
         names = weights.with_dense_layers(names) | experts
         layouts = weights.with_dense_layers(layouts) | weights.EXPERTS_LINEAR
+    if fused:
+        names, layouts = names | EXPERTS_NAMES | FUSED_NAMES, layouts | FUSED_LAYOUTS
     return weights.slots(config, names, layouts)
 
 
@@ -145,7 +158,10 @@ def load(
     path = pathlib.Path(path)
     config = read_config(path if path.is_dir() else path.parent, scan_layers=scan_layers)
     foreign = _foreign(path, _files(path))
-    places, spare = slots(config), BUFFERS
+    fused = any(name.endswith(".experts.gate_up_proj") for name in foreign.shapes)
+    places, spare = slots(config, fused=fused), BUFFERS
+    if config.kv_rank:
+        spare += rf"|model\.layers\.{config.num_layers}\..*"  # DeepSeek's layer that predicts a second token
     if not foreign.shapes.keys().isdisjoint(("embed_tokens.weight", "wte.weight")):
         places = [_without_prefix(slot) for slot in places]  # a checkpoint of the model without its head
     if config.tied and "lm_head.weight" in foreign.shapes:
@@ -256,7 +272,7 @@ def _tensors(config: ModelConfig) -> dict[str, list[Slot]]:
     for group in weights.by_leaf(slots(config), config).values():
         for slot in group:
             found.setdefault(slot.name, []).append(slot)
-    return {name: sorted(group, key=lambda slot: slot.part or 0) for name, group in found.items()}
+    return {name: sorted(group, key=lambda slot: weights.sides(slot.layout).part) for name, group in found.items()}
 
 
 def _filled(leaves: Mapping[str, jax.Array], slot: Slot) -> np.ndarray:

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from model.config import ModelConfig
@@ -43,11 +44,13 @@ class LatentAttention(nnx.Module):
         self.o = matrix(o, (N, self.value_dim, D), ("heads", "head", "embed"), fan_in=fan_in, scale=depth_scale)
 
     def __call__(
-        self, x: Float[Array, "B t D"], rope: Rope, window, queries: Queries, memory: Memory
+        self, x: Float[Array, "B t D"], rope: Rope | None, window, queries: Queries, memory: Memory
     ) -> tuple[Float[Array, "B t D"], Memory]:
         """x and what comes out are laid out as RESIDUAL."""
         x = relaid(x, RESIDUAL, TOGETHER)
+        assert rope is not None  # the config refuses learned positions
         q, (k, v) = self._queries(x, rope), self._keys_values(x, rope)
+        q, k, v = checkpoint_name(q, "query"), checkpoint_name(k, "key"), checkpoint_name(v, "value")
         out, memory = memory.attend(q, k, v, queries, Rule(self.query_scale, self.softcap, window))
         out = out[..., : self.value_dim]
         return einsum("BTNH,NHD->BTD", out, self.o[...], sums="act_heads", out=RESIDUAL), memory

@@ -49,26 +49,26 @@ LINEAR = {
     "layers.ffn.down_bias": "D -> D",
     "layers.ffn_post_norm.scale": "D -> D",
 }
-# GPT-2's q, k and v in one tensor, as nn.Linear has it.
+# GPT-2's q, k and v in one tensor, as nn.Linear has it: a dim of parts, of which the leaf is the one in brackets.
 FUSED_LINEAR = {
-    "layers.attention.q": "(N H)+(K H)+(K H) D -> D N H",
-    "layers.attention.k": "(N H)+(K H)+(K H) D -> D K H",
-    "layers.attention.v": "(N H)+(K H)+(K H) D -> D K H",
-    "layers.attention.q_bias": "(N H)+(K H)+(K H) -> N H",
-    "layers.attention.k_bias": "(N H)+(K H)+(K H) -> K H",
-    "layers.attention.v_bias": "(N H)+(K H)+(K H) -> K H",
+    "layers.attention.q": "[(N H)]+(K H)+(K H) D -> D N H",
+    "layers.attention.k": "(N H)+[(K H)]+(K H) D -> D K H",
+    "layers.attention.v": "(N H)+(K H)+[(K H)] D -> D K H",
+    "layers.attention.q_bias": "[(N H)]+(K H)+(K H) -> N H",
+    "layers.attention.k_bias": "(N H)+[(K H)]+(K H) -> K H",
+    "layers.attention.v_bias": "(N H)+(K H)+[(K H)] -> K H",
 }
 # DeepSeek's attention: each head's part without position, then its rotary pairs (2h, 2h + 1); Q is the queries' rank.
 LATENT_LINEAR = {
     "layers.attention.q_down": "Q D -> D Q",
     "layers.attention.q_norm.scale": "Q -> Q",
-    "layers.attention.q": "(N n+(h two)) Q -> Q N n",
-    "layers.attention.q_rope": "(N n+(h two)) Q -> Q N (two h)",
-    "layers.attention.kv_down": "R+(h two) D -> D R",
+    "layers.attention.q": "(N [n]+(h two)) Q -> Q N n",
+    "layers.attention.q_rope": "(N n+[(h two)]) Q -> Q N (two h)",
+    "layers.attention.kv_down": "[R]+(h two) D -> D R",
     "layers.attention.kv_norm.scale": "R -> R",
-    "layers.attention.k": "(N n+W) R -> R N n",
-    "layers.attention.k_rope": "R+(h two) D -> D (two h)",
-    "layers.attention.v": "(N n+W) R -> R N W",
+    "layers.attention.k": "(N [n]+W) R -> R N n",
+    "layers.attention.k_rope": "R+[(h two)] D -> D (two h)",
+    "layers.attention.v": "(N n+[W]) R -> R N W",
     "layers.attention.o": "D (N W) -> N W D",
 }
 # A mixture of experts, one tensor an expert; f is the width of one, s of the shared ones.
@@ -93,8 +93,7 @@ class Slot:
 
     name: str  # of the foreign tensor; {l} is the layer, {e} the expert
     path: str  # of our leaf, dotted
-    layout: str  # einops pattern, foreign -> ours, in the letters of the alphabet; a+b is one dim, a's part before b's
-    part: int | None = None  # which of the parts of a dim a+b, where the foreign tensor holds several leaves
+    layout: str  # einops pattern, foreign -> ours, in the letters of the alphabet; a+[b] is one dim, b's part after a's
     index: tuple[int, ...] = ()  # where in the leaf: its layer where layers are stacked, its expert
     added: float = 0.0  # what the foreign format adds to our numbers
 
@@ -114,12 +113,8 @@ def slots(
     paths = dict.fromkeys(re.sub(r"layers\.\d+\.", "layers.", path) for path, _ in leaves(abstract(config).shapes))
     found = []
     for path in paths:
-        name, layout = names[path], layouts[path]
-        stack = path.split(".")[0]
-        sharing = [mine for mine in names if names[mine] == name and mine.split(".")[0] == stack]
-        part = sharing.index(path) if "+" in layout else None
         added = added_to_norms if path.endswith("norm.scale") else 0.0
-        found.append(Slot(name=name, path=path, layout=layout, part=part, added=added))
+        found.append(Slot(name=names[path], path=path, layout=layouts[path], added=added))
     return found
 
 
@@ -139,53 +134,66 @@ def sizes(config: ModelConfig) -> dict[str, int]:
     }  # fmt: skip
 
 
-JOINT = re.compile(r"(?:\([^()+]*\)|\w+)(?:\+(?:\([^()+]*\)|\w+))+")  # a dim of parts: n+(h two)
+PART = r"\[?(?:\([^()+]*\)|\w+)\]?"
+JOINT = re.compile(rf"{PART}(?:\+{PART})+")  # a dim of parts: n+[(h two)]
 
 
-def _sides(layout: str) -> tuple[str, list[str], str]:
-    """The foreign side, its dim of parts written J, these parts, and our side."""
+class Sides(NamedTuple):
+    """A layout taken apart."""
+
+    foreign: str  # a dim of parts is written J
+    parts: tuple[str, ...]  # of J, in order
+    part: int  # which of them the leaf is
+    ours: str
+
+
+def sides(layout: str) -> Sides:
+    """sides("(N n+[(h two)]) Q -> Q N (two h)") is ("(N J) Q", ("n", "(h two)"), 1, "Q N (two h)")"""
     foreign, ours = layout.split(" -> ")
     joint = JOINT.search(foreign)
-    return JOINT.sub("J", foreign), joint[0].split("+") if joint else [], ours
+    parts = joint[0].split("+") if joint else []
+    part = next((number for number, part in enumerate(parts) if part[0] == "["), 0)
+    return Sides(JOINT.sub("J", foreign), tuple(part.strip("[]") for part in parts), part, ours)
 
 
-def _letters(pattern: str, config: ModelConfig, parts: list[str]) -> dict[str, int]:
+def _lengths(pattern: str, config: ModelConfig, parts: tuple[str, ...]) -> dict[str, int]:
+    """Length of each letter in a pattern; J is as long as its parts together."""
     known = sizes(config)
     known |= {"J": sum(math.prod(known[letter] for letter in re.findall(r"\w+", part)) for part in parts)}
     return {letter: known[letter] for letter in set(re.findall(r"\w+", pattern))}
 
 
 def foreign_shape(layout: str, config: ModelConfig) -> tuple[int, ...]:
-    """Shape of the foreign side: "(N H) D -> D N H" is (N * H, D), "R+(h two) D -> …" is (R + 2h, D)."""
-    foreign, parts, _ = _sides(layout)
-    known = _letters(foreign, config, parts)
+    """Shape of the foreign side: "(N H) D -> D N H" is (N * H, D), "[R]+(h two) D -> D R" is (R + 2h, D)."""
+    foreign, parts, *_ = sides(layout)
+    lengths = _lengths(foreign, config, parts)
     dims = re.findall(r"\([^)]*\)|\w+", foreign)
-    return tuple(math.prod(known[letter] for letter in re.findall(r"\w+", dim)) for dim in dims)
+    return tuple(math.prod(lengths[letter] for letter in re.findall(r"\w+", dim)) for dim in dims)
 
 
 def to_ours(slot: Slot, tensor: np.ndarray, config: ModelConfig) -> np.ndarray:
     """The foreign tensor, or the slot's part of it, in our layout; a view where the layout allows it."""
-    foreign, parts, ours = _sides(slot.layout)
-    if slot.part is not None:
+    foreign, parts, part, ours = sides(slot.layout)
+    if parts:
         apart = re.sub(r"[()]", "", foreign)
-        tensor = rearrange(tensor, f"{foreign} -> {apart}", **_letters(foreign, config, parts))
-        starts = [_letters("J", config, parts[:count])["J"] for count in (slot.part, slot.part + 1)]
-        tensor = tensor[(slice(None),) * apart.split().index("J") + (slice(*starts),)]
-        foreign = apart.replace("J", parts[slot.part])
-    return rearrange(tensor, f"{foreign} -> {ours}", **_letters(foreign, config, parts))
+        tensor = rearrange(tensor, f"{foreign} -> {apart}", **_lengths(foreign, config, parts))
+        start, end = (_lengths("J", config, parts[:count])["J"] for count in (part, part + 1))
+        tensor = tensor[(slice(None),) * apart.split().index("J") + (slice(start, end),)]
+        foreign = apart.replace("J", parts[part])
+    return rearrange(tensor, f"{foreign} -> {ours}", **_lengths(foreign, config, parts))
 
 
 def to_foreign(slots: list[Slot], leaves: list[np.ndarray], config: ModelConfig) -> np.ndarray:
     """The foreign tensor that these slots, in order of part, are cut from."""
-    foreign, parts, ours = _sides(slots[0].layout)
+    foreign, parts, _, ours = sides(slots[0].layout)
     if not parts:
-        return rearrange(leaves[0], f"{ours} -> {foreign}", **_letters(foreign, config, parts))
+        return rearrange(leaves[0], f"{ours} -> {foreign}", **_lengths(foreign, config, parts))
     apart, cuts = re.sub(r"[()]", "", foreign), []
     for slot, leaf, part in zip(slots, leaves, parts, strict=True):
-        *_, ours = _sides(slot.layout)
-        cuts.append(rearrange(leaf, f"{ours} -> {apart.replace('J', part)}", **_letters(ours, config, parts)))
-    whole = np.concatenate(cuts, axis=apart.split().index("J"))
-    return rearrange(whole, f"{apart} -> {foreign}", **_letters(foreign, config, parts))
+        ours = sides(slot.layout).ours
+        cuts.append(rearrange(leaf, f"{ours} -> {apart.replace('J', part)}", **_lengths(ours, config, parts)))
+    joined = np.concatenate(cuts, axis=apart.split().index("J"))
+    return rearrange(joined, f"{apart} -> {foreign}", **_lengths(foreign, config, parts))
 
 
 def leaves(tree: Mapping[Any, Any], section: str = "") -> Iterator[tuple[str, Any]]:

@@ -29,7 +29,11 @@ GPT2 = dataclasses.replace(
     LLAMA, num_kv_heads=4, positions="learned", norm="layer", qkv_bias=True, out_bias=True, ffn_bias=True, gated=False,
     activation="gelu",
 )  # fmt: skip
-FAMILIES = {"llama": LLAMA, "mistral": MISTRAL, "gemma": GEMMA, "gpt2": GPT2}
+MIXTURE = dataclasses.replace(
+    LLAMA, num_kv_heads=4, kv_rank=20, q_rank=24, rope_dim=4, value_dim=6, num_experts=8, experts_per_token=3,
+    expert_ffn_dim=24, shared_ffn_dim=16, num_dense_layers=1, router="sigmoid",
+)  # fmt: skip
+FAMILIES = {"llama": LLAMA, "mistral": MISTRAL, "gemma": GEMMA, "gpt2": GPT2, "mixture": MIXTURE}
 ONE = MeshConfig(data=1)
 
 

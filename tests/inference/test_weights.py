@@ -12,7 +12,7 @@ from inference.engine import Engine
 from inference.weights import serving_parameters
 from ops.slabs import Slabs
 from parallel.config import AxisRules, MeshConfig
-from tests.inference.small import GPT2, ONE, V, engine, mesh_of, parameters, row, run
+from tests.inference.small import GPT2, MIXTURE, ONE, V, engine, mesh_of, parameters, row, run
 
 PROMPT = (5, 4, 3)
 
@@ -22,14 +22,16 @@ def _three_cores(monkeypatch):
     monkeypatch.setattr(weights, "cores", lambda: 3)
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
-def test_a_cpu_is_served_slabs_of_the_same_model(scan_layers):
-    config = dataclasses.replace(GPT2, scan_layers=scan_layers)
+@pytest.mark.parametrize(("family", "scan_layers"), [(GPT2, True), (GPT2, False), (MIXTURE, True)])
+def test_a_cpu_is_served_slabs_of_the_same_model(family, scan_layers):
+    config = dataclasses.replace(family, scan_layers=scan_layers)
     served_config, served = serving_parameters(config, parameters(config), mesh_of(ONE))
-    assert served_config == GPT2
+    assert served_config == family
     assert isinstance(served["layers"][0]["attention"]["q"], Slabs)
     assert len(served["embedding"]["tokens"].parts) == 3
-    plain, cut = engine(GPT2), Engine(served_config, served, mesh_of(ONE), AxisRules(), num_tokens=V)
+    if family.num_experts:  # one tensor for all of them
+        assert isinstance(served["layers"][0]["ffn"]["up"], jax.Array)
+    plain, cut = engine(family), Engine(served_config, served, mesh_of(ONE), AxisRules(), num_tokens=V)
     (tokens, logprobs), (expected, expected_logprobs) = run(cut, [row(PROMPT)])[0], run(plain, [row(PROMPT)])[0]
     assert tokens == expected
     np.testing.assert_allclose(logprobs, expected_logprobs, atol=2e-5)

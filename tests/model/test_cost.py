@@ -1,6 +1,7 @@
 """Counts: parameters as eval_shape has them, FLOPs as a slow loop has them."""
 
 import dataclasses
+import itertools
 import math
 
 import jax
@@ -8,7 +9,9 @@ import pytest
 
 from model import cost, families
 from model.config import ModelConfig
-from model.parameters import abstract
+from model.parameters import abstract, summed_dims
+from model.weights import leaves
+from tests.model.test_decoder import MIXTURE
 
 TINY = ModelConfig(
     vocab_size=50,
@@ -60,6 +63,32 @@ def test_forward_flops_are_two_a_multiply_add():
     layer = 2 * T * matrices + 2 * pairs * N * H + 2 * pairs * N * H  # q·k, then weights · v
     assert cost.forward_flops(TINY, T, logits=T) == 4 * layer + 2 * T * D * V
     assert cost.train_flops(TINY, T) * T == 3 * cost.forward_flops(TINY, T, logits=T)
+
+
+@pytest.mark.parametrize("config", [TINY, MIXTURE], ids=["dense", "mixture"])
+def test_a_token_multiplies_by_the_trees_matrices(config):
+    """All whose names say that a product sums over them, of experts A of E, and routers."""
+    _, shapes, names = abstract(config)
+    count, named = 0, dict(leaves(names))
+    for path, leaf in leaves(shapes):
+        if summed_dims(named[path]) is not None or path.endswith("router"):
+            share = config.experts_per_token / config.num_experts if "experts" in named[path] else 1
+            count += math.prod(leaf.shape) * share
+    assert cost.matmul_parameters(config) == count + (0 if config.tied else -config.vocab_size * config.embed_dim)
+
+
+def test_latent_attention_pays_for_both_its_widths():
+    pairs, N, H, W = 8 * 9 // 2, 4, 8, 6
+    layers = 2 * 8 * (cost.matmul_parameters(MIXTURE) - 40 * 16) + 3 * 2 * pairs * N * (H + W)
+    assert cost.forward_flops(MIXTURE, 8, logits=0) == layers
+
+
+def test_a_decode_step_reads_the_experts_that_it_can_choose():
+    read = [cost.decode_bytes(MIXTURE, 0, batch=batch, weight_bytes=1, cache_bytes=0) for batch in (1, 2, 3, 4)]
+    expert, row = 2 * 3 * 16 * 12, 16  # of two layers, and of the embedding table
+    assert [after - before for before, after in itertools.pairwise(read)] == [
+        3 * expert + row, 2 * expert + row, row
+    ]  # fmt: skip
 
 
 def test_prefill_then_decode_is_one_forward():

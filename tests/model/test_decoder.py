@@ -48,7 +48,25 @@ MIXED = dataclasses.replace(  # everything that differs between layers, and Gemm
 LEARNED = dataclasses.replace(
     PLAIN, positions="learned", norm="layer", qkv_bias=True, out_bias=True, ffn_bias=True, gated=False, tied=False
 )
-CONFIGS = {"mixed": MIXED, "learned": LEARNED}
+MIXTURE = dataclasses.replace(  # latent attention, a dense layer, then experts beside shared ones, as DeepSeek has it
+    PLAIN,
+    num_kv_heads=4,
+    kv_rank=10,
+    q_rank=12,
+    rope_dim=4,
+    value_dim=6,
+    rope_scaling=RopeScaling(kind="yarn", factor=4.0, original_length=8, logit_mscale=0.5),
+    num_experts=8,
+    experts_per_token=3,
+    expert_ffn_dim=12,
+    shared_ffn_dim=8,
+    num_dense_layers=1,
+    router="sigmoid",
+    router_scale=2.5,
+    router_groups=4,
+    router_top_groups=2,
+)
+CONFIGS = {"mixed": MIXED, "learned": LEARNED, "mixture": MIXTURE}
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +128,11 @@ def influence(config, parameters):
         model = decoder(config, parameters | {"embedding": table})
         return model(jnp.arange(T, dtype=jnp.int32)[None], whole((1, T)), Packed())[0][0]
 
-    jacobian = jax.jacrev(hidden_of)(parameters["embedding"]["tokens"][tokens[0]])
-    return jnp.abs(jacobian).sum((1, 3))
+    embeddings = parameters["embedding"]["tokens"][tokens[0]]
+    _, pull = jax.vjp(hidden_of, embeddings)
+    ones = jnp.eye(embeddings.size).reshape(-1, *embeddings.shape)
+    jacobian = jax.lax.map(lambda one: pull(one)[0], ones)  # one after another: ragged_dot is not batched
+    return jnp.abs(jacobian).reshape(*embeddings.shape, *embeddings.shape).sum((1, 3))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -230,3 +251,32 @@ def test_any_mesh_computes_what_one_device_does(mesh_config):
         spread = jax.device_put(parameters_of(MIXED), shardings(MIXED, mesh, RULES))
         logits = compiled(logits_of)(MIXED, spread, tokens, queries)
     np.testing.assert_allclose(logits, expected, atol=3e-5)
+
+
+def test_a_mesh_splits_latents_and_experts_as_well():
+    tokens, queries = tokens_of(shape=(8, T)), whole((8, T))
+    expected = forward(MIXTURE, parameters_of(MIXTURE), tokens, queries)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    with use(mesh, RULES):
+        spread = jax.device_put(parameters_of(MIXTURE), shardings(MIXTURE, mesh, RULES))
+        logits = compiled(logits_of)(MIXTURE, spread, tokens, queries)
+    np.testing.assert_allclose(logits, expected, atol=3e-5)
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_layers_with_experts_tell_of_their_use(scan_layers):
+    """Of the two of three that have experts; padding chooses none. A dense decoder tells nothing."""
+    config, values = MIXTURE, parameters_of(MIXTURE)
+    if not scan_layers:
+        config, values = unrolled(config, values)
+    queries = whole()._replace(segments=jnp.asarray(np.arange(T)[None] < [[T], [T - 2]], jnp.int32))
+
+    @jax.jit
+    def tell(values):
+        return decoder(config, values).forward(tokens_of(), queries, Packed())[2]
+
+    aux = tell(values)
+    assert aux.load.shape == (2, 8)
+    np.testing.assert_allclose(aux.load.sum(1), [3 * (2 * T - 2)] * 2)
+    dense = jax.eval_shape(lambda p: decoder(PLAIN, p).forward(tokens_of(), queries, Packed()), parameters_of(PLAIN))
+    assert dense[2] is None

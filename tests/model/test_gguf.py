@@ -16,7 +16,7 @@ from model.layers import rope_frequencies
 from model.weights import Foreign
 from parallel.config import AxisRules, MeshConfig
 from parallel.mesh import make_mesh
-from tests.model.cases import draw
+from tests.model.cases import FIELDS, draw
 from tests.model.test_parity import GOLDEN, smollm2_file
 
 RULES = AxisRules()
@@ -142,6 +142,33 @@ def test_gguf_holds_what_hugging_face_holds(name, mesh, tmp_path):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 if config.norm_zero_centered else 0)
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_stand_together(name, mesh, tmp_path):
+    config = from_json(FIELDS[name] | {"mlp_only_layers": []})
+    places = weights.by_leaf(huggingface.slots(config), config).values()
+    shapes = {slot.name: weights.foreign_shape(slot.layout, config) for group in places for slot in group}
+    tensors = {key: draw(key, shape, name) for key, shape in shapes.items()}
+    known, together = {"w1": "gate", "w2": "down", "w3": "up"}, {}
+    for key in [key for key in tensors if ".experts." in key]:  # an expert after the other, as the slots are
+        _, _, l, *_, mine, _ = key.split(".")
+        together.setdefault(f"blk.{l}.ffn_{known.get(mine, mine.split('_')[0])}_exps.weight", []).append(key)
+    more = [
+        lambda w: w.add_expert_count(config.num_experts),
+        lambda w: w.add_expert_used_count(config.experts_per_token),
+    ]
+    more += [lambda w: w.add_expert_feed_forward_length(config.expert_ffn_dim)]
+    for key, experts in together.items():
+        more.append(lambda w, key=key, experts=experts: w.add_tensor(key, np.stack([tensors[e] for e in experts])))
+    apart = {key: tensor for key, tensor in tensors.items() if ".experts." not in key}
+    write(tmp_path / "model.gguf", {"mixtral": "llama"}.get(name, "qwen3moe"), config, apart, more)
+    found, parameters = gguf.load(tmp_path / "model.gguf", mesh, RULES)
+    assert found == dataclasses.replace(config, rope_scaling=found.rope_scaling)
+    foreign = Foreign(name, shapes, tensors.__getitem__)
+    expected = weights.assemble(config, huggingface.slots(config), foreign, mesh, RULES)
+    for a, b in zip(jax.tree.leaves(parameters), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_a_tensor_is_dequantised_once_for_all_its_shards(monkeypatch, tmp_path):
     config, tensors = case_of("llama")
     write(tmp_path / "model.gguf", "llama", config, tensors)
@@ -185,7 +212,7 @@ def test_what_is_not_supported_is_named(mesh, tmp_path):
 
     refused(r"architecture 'mamba' is not supported; llama, qwen2", architecture="mamba", tensors={})
     refused(r"lacks tensor token_embd.weight", tensors={})
-    refused(r"8 experts; mixtures", lambda w: w.add_expert_count(8))
+    refused(r"8 experts in qwen2; llama and qwen3moe", lambda w: w.add_expert_count(8), architecture="qwen2")
     refused(r"one of 3 parts; join them", lambda w: w.add_uint16("split.count", 3))
     refused(r"longrope scaling", lambda w: w.add_tensor("rope_factors_long.weight", np.ones(4, np.float32)))
     refused(r"rotary positions on 4 of 8 dims", lambda w: w.add_rope_dimension_count(4))

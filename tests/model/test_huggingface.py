@@ -139,6 +139,54 @@ def test_names_without_prefix_and_masks_are_read(mesh, tmp_path):
     assert np.array_equal(parameters["embedding"]["tokens"], tensors["wte.weight"])
 
 
+def test_a_second_tokens_layer_is_left_out(mesh, tmp_path):
+    tensors = tensors_of("deepseek_v3")
+    tensors["model.layers.3.eh_proj.weight"] = np.zeros((24, 48), np.float32)
+    config, parameters = huggingface.load(write_checkpoint(tmp_path, "deepseek_v3", tensors), mesh, RULES)
+    assert (config.num_layers, len(parameters["layers"]["attention"]["k"])) == (3, 2)
+    tensors["model.layers.4.eh_proj.weight"] = tensors.pop("model.layers.3.eh_proj.weight")
+    with pytest.raises(ValueError, match=r"holds tensor model.layers.4.eh_proj.weight"):
+        huggingface.load(write_checkpoint(tmp_path, "deepseek_v3", tensors), mesh, RULES)
+
+
+@pytest.mark.parametrize("case", ["mixtral", "deepseek_v3"])
+def test_experts_apart_and_together_are_the_same(case, mesh, tmp_path):
+    """Names in which transformers 5 keeps them in memory."""
+    tensors = tensors_of(case)
+    _, apart = huggingface.load(write_checkpoint(tmp_path / "apart", case, tensors), mesh, RULES)
+    together = {name.replace("block_sparse_moe", "mlp"): array for name, array in tensors.items()}
+    gate, up, down = ("w1", "w3", "w2") if case == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    for name in [name for name in together if f"experts.0.{gate}" in name]:
+        layer, _ = name.split("experts.0.")
+        experts = range(4 if case == "mixtral" else 8)
+        gates, ups, downs = (
+            [together.pop(f"{layer}experts.{e}.{mine}.weight") for e in experts] for mine in (gate, up, down)
+        )
+        pairs = [np.concatenate(pair) for pair in zip(gates, ups, strict=True)]
+        together |= {f"{layer}experts.gate_up_proj": np.stack(pairs), f"{layer}experts.down_proj": np.stack(downs)}
+    _, same = huggingface.load(write_checkpoint(tmp_path / "together", case, together), mesh, RULES)
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(same), jax.tree.leaves(apart), strict=True))
+
+
+def test_each_expert_stands_in_its_place(mesh, tmp_path):
+    tensors = tensors_of("qwen3_moe")
+    _, parameters = huggingface.load(write_checkpoint(tmp_path, "qwen3_moe", tensors), mesh, RULES)
+    name = "model.layers.2.mlp.experts.5.up_proj.weight"  # the second layer with experts: layer 0 is dense
+    assert np.array_equal(parameters["layers"]["ffn"]["up"][1, 5], tensors[name].T)
+    assert np.array_equal(parameters["dense_layers"]["ffn"]["up"][0], tensors["model.layers.0.mlp.up_proj.weight"].T)
+
+
+def test_rotary_pairs_are_brought_apart(mesh, tmp_path):
+    """DeepSeek turns rows 2h and 2h + 1 of the last four of each head, we turn h and h + 2."""
+    tensors = tensors_of("deepseek_v3")
+    _, parameters = huggingface.load(write_checkpoint(tmp_path, "deepseek_v3", tensors), mesh, RULES)
+    shared = tensors["model.layers.0.self_attn.kv_a_proj_with_mqa.weight"][10:]
+    assert np.array_equal(parameters["dense_layers"]["attention"]["k_rope"][0], shared[[0, 2, 1, 3]].T)
+    head = tensors["model.layers.2.self_attn.q_b_proj.weight"].reshape(4, 12, 12)[3]
+    assert np.array_equal(parameters["layers"]["attention"]["q_rope"][1][:, 3], head[8:][[0, 2, 1, 3]].T)
+    assert np.array_equal(parameters["layers"]["attention"]["q"][1][:, 3], head[:8].T)
+
+
 def test_wrong_tensors_are_named(mesh, tmp_path):
     def refused(change, match):
         tensors = tensors_of("llama")

@@ -44,7 +44,9 @@ def test_a_saved_model_is_read_and_written_back(case, one_device, tmp_path):
     expected = theirs(model, prompt())
     ours, parameters = huggingface.load(tmp_path / "theirs", one_device, AxisRules())
     logits = logits_of(ours, parameters, prompt(), one_device)
-    assert np.abs(logits - expected).max() < 1e-4
+    difference = np.abs(logits - expected).max()
+    print(f"{case}: max |difference| {difference:.1e} of logits up to {np.abs(expected).max():.1f}")
+    assert difference < 1e-4
     assert (logits.argmax(-1) == expected.argmax(-1)).all()
     huggingface.save(tmp_path / "ours", ours, parameters, dtype="float32", max_shard_bytes=20_000)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager")

@@ -6,11 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from model.parameters import abstract, initialize, shardings, unrolled
+from model.parameters import abstract, initialize, shardings, summed_dims, unrolled
 from model.weights import leaves
 from parallel.config import AxisRules, MeshConfig
 from parallel.mesh import make_mesh
-from tests.model.test_decoder import LEARNED, MIXED, PLAIN
+from tests.model.test_decoder import LEARNED, MIXED, MIXTURE, PLAIN
 
 RULES = AxisRules()
 
@@ -45,7 +45,7 @@ def test_a_mesh_that_does_not_divide_is_refused():
         shardings(PLAIN, make_mesh(MeshConfig(data=1, tensor=8)), RULES)
 
 
-@pytest.mark.parametrize("config", [PLAIN, MIXED, LEARNED], ids=["plain", "mixed", "learned"])
+@pytest.mark.parametrize("config", [PLAIN, MIXED, LEARNED, MIXTURE], ids=["plain", "mixed", "learned", "mixture"])
 def test_layers_apart_have_the_leaves_of_their_own_config(config):
     parameters = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract(config).shapes)
     apart, split = unrolled(config, parameters)
@@ -63,3 +63,22 @@ def test_initial_spread_is_one_over_the_root_of_the_inputs():
     assert spread["layers.ffn.down"] == pytest.approx(24**-0.5 * 6**-0.5, rel=0.1)  # and of twice the depth
     up = np.asarray(parameters["layers.ffn.up"])
     assert not np.array_equal(up[0], up[1])
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("layers", "embed", "heads", "head"), (1,)),
+        (("heads", "head", "embed"), (0, 1)),
+        (("vocab", "embed"), (1,)),
+        (("embed", "rank"), (0,)),
+        (("rank", "heads", "head"), (0,)),
+        (("layers", "experts", "expert_embed", "expert_ffn"), (2,)),
+        (("experts", "expert_ffn", "expert_embed"), (1,)),
+        (("embed", None), None),
+        (("layers", "heads", "head"), None),
+        (("ffn",), None),
+    ],
+)
+def test_a_product_sums_over_its_inputs(names, expected):
+    assert summed_dims(names) == expected

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import itertools
 import json
 import pathlib
 
@@ -13,7 +14,7 @@ import pytest
 from model import gguf, huggingface, weights
 from model.config import ModelConfig
 from model.huggingface_config import from_json
-from model.memory import Packed, Queries
+from model.memory import Packed, Queries, dense_cache
 from model.parameters import decoder
 from model.weights import Foreign
 from parallel.config import AxisRules, MeshConfig
@@ -63,6 +64,24 @@ def test_logits_equal_transformers(case, one_device):
     assert np.abs(logits - expected).max() < 1e-4
     assert (logits.argmax(-1) == expected.argmax(-1)).all()
     assert expected.std() > 0.1  # the cases say something
+
+
+@pytest.mark.parametrize("case", ["mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3"])
+def test_decoding_with_a_cache_gives_the_same_logits(case, one_device):
+    config, parameters = drawn(case, one_device)
+    expected, tokens = np.load(GOLDEN / f"{case}.npy"), prompt()
+
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    def step(parameters, tokens, positions, memory):
+        model = decoder(config, parameters)
+        hidden, memory = model(tokens, Queries(positions, jnp.ones_like(positions)), memory)
+        return model.logits(hidden), memory
+
+    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32)[None], tokens.shape)
+    memory, cuts = dense_cache(config, *tokens.shape), (0, 9, *range(10, tokens.shape[1] + 1))
+    for start, end in itertools.pairwise(cuts):
+        logits, memory = step(parameters, tokens[:, start:end], positions[:, start:end], memory)
+        assert np.abs(logits - expected[:, start:end]).max() < 1e-4
 
 
 def smollm2_file() -> pathlib.Path | None:
