@@ -17,6 +17,9 @@ from ops.grouped_matmul import Kernel, grouped_matmul, grouped_outer
 from parallel.exchange import Plan, Round, in_rounds, make_plan
 
 
+Accumulate = Literal["float32", "weight"]
+
+
 class Weights(NamedTuple):
     """The experts of this device; F may be its part of an expert's width."""
 
@@ -33,7 +36,7 @@ class Execution(NamedTuple):
     axes: tuple[str, ...]  # mesh axes that the experts are split over, inside a shard_map
     capacity: float  # of a round of the exchange (parallel/exchange.py)
     kernel: Kernel
-    accumulate: Literal["float32", "weight"]  # type in which rounds add to the weights' gradients
+    accumulate: Accumulate  # type in which rounds add to the weights' gradients; with one round, the same to the bit
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

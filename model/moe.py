@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from model.config import ModelConfig
-from model.experts import Execution, Weights, apply_experts
+from model.experts import Accumulate, Execution, Weights, apply_experts
 from model.layers import FeedForward, Key, constant, matrix
 from ops.grouped_matmul import Kernel
 from parallel.sharding import manual_axes, place
@@ -56,7 +56,12 @@ class MoE(nnx.Module):
         self.shared = FeedForward(wide, shared) if config.shared_ffn_dim else nnx.data(None)
 
     def __call__(
-        self, x: Float[Array, "B T D"], mask: Bool[Array, "B T"], *, kernel: Kernel = "plain"
+        self,
+        x: Float[Array, "B T D"],
+        mask: Bool[Array, "B T"],
+        *,
+        kernel: Kernel = "plain",
+        accumulate: Accumulate = "float32",
     ) -> tuple[Float[Array, "B T D"], Aux]:
         """-> y, 0 from the experts where `mask` is False, and what the loss and the metrics need."""
         E, A = self.config.num_experts, self.config.experts_per_token
@@ -64,9 +69,8 @@ class MoE(nnx.Module):
         choice = choose(self.config, logits, None if self.router_bias is None else self.router_bias[...])
         chosen = jnp.where(mask[..., None], choice.chosen, E)  # padding goes nowhere
         weights = Weights(*(w[...].astype(x.dtype) for w in (self.gate, self.up, self.down)))
-        how = Execution(
-            E, self.config.activation, manual_axes("experts"), self.config.expert_capacity, kernel, "float32"
-        )
+        axes, capacity = manual_axes("experts"), self.config.expert_capacity
+        how = Execution(E, self.config.activation, axes, capacity, kernel, accumulate)
         flat = x.reshape(-1, x.shape[-1]), choice.gates.reshape(-1, A), chosen.reshape(-1, A)
         y = apply_experts(how, *flat, weights).reshape(x.shape)
         y = jax.lax.psum(y, manual_axes("expert_ffn"))  # all-reduce over tensor of each device's part of F

@@ -1,0 +1,193 @@
+"""Routers choose as their papers say; the mixture equals a loop over tokens, on one device and on eight."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from model import moe
+from model.config import ModelConfig
+from model.moe import Aux, MoE, choose, updated_bias, utilisation
+
+B, T, D, F, E, A = 8, 4, 8, 6, 8, 2
+
+
+def config(**changes) -> ModelConfig:
+    dense = dict(embed_dim=D, num_layers=2, num_heads=1, num_kv_heads=1, head_dim=D, ffn_dim=4, max_length=T)
+    experts = dict(num_experts=E, experts_per_token=A, expert_ffn_dim=F)
+    return ModelConfig(**(dense | dict(rope_theta=1e4, norm_eps=1e-6) | experts | changes))
+
+
+DEEPSEEK = dict(router="sigmoid", router_scale=2.5, router_groups=4, router_top_groups=2, shared_ffn_dim=5)
+KINDS = {
+    "qwen": dict(router="softmax", router_normalize=False),
+    "mixtral": dict(router="softmax_after"),
+    "deepseek": DEEPSEEK,
+}
+
+
+def softmax(x):
+    return np.exp(x - x.max()) / np.exp(x - x.max()).sum()
+
+
+def choice_of(kind: str, logits: np.ndarray, bias: np.ndarray) -> dict[int, float]:
+    """Expert -> gate of one token, straight from the papers."""
+    if kind == "mixtral":
+        chosen = np.argsort(-logits)[:A]
+        return dict(zip(chosen.tolist(), softmax(logits[chosen]), strict=True))
+    if kind == "qwen":
+        chosen = np.argsort(-logits)[:A]
+        return {int(e): softmax(logits)[e] for e in chosen}
+    scores = 1 / (1 + np.exp(-logits))
+    ranked = scores + bias
+    groups = ranked.reshape(4, 2)
+    best = np.argsort(-np.sort(groups)[:, -2:].sum(1))[:2]
+    allowed = [e for e in range(E) if e // 2 in best]
+    chosen = sorted(allowed, key=lambda e: -ranked[e])[:A]
+    return {e: 2.5 * scores[e] / scores[chosen].sum() for e in chosen}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_router(kind):
+    logits = jax.random.normal(jax.random.key(0), (B, T, E)) * 2
+    bias = jnp.linspace(-0.5, 0.5, E) if kind == "deepseek" else None
+    chosen, gates, _ = choose(config(**KINDS[kind]), logits, bias)
+    for b in range(B):
+        for t in range(T):
+            expected = choice_of(kind, np.asarray(logits[b, t]), np.linspace(-0.5, 0.5, E))
+            found = dict(zip(chosen[b, t].tolist(), gates[b, t].tolist(), strict=True))
+            assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_bias_moves_the_choice_and_not_the_gate():
+    logits = jnp.zeros((1, 1, E)).at[0, 0, 0].set(1.0)
+    sigmoid = config(router="sigmoid", experts_per_token=1, router_normalize=False)
+    chosen, gates, _ = choose(sigmoid, logits, jnp.zeros(E).at[5].set(9.0))
+    assert (chosen.item(), gates.item()) == (5, 0.5)
+    slope = jax.grad(lambda bias: jnp.sum(choose(sigmoid, logits, bias).gates))(jnp.zeros(E))
+    np.testing.assert_array_equal(slope, 0)
+
+
+def ffn(x, gate, up, down):
+    a = x @ gate
+    return (a / (1 + np.exp(-a)) * (x @ up)) @ down
+
+
+def inputs():
+    x = jax.random.normal(jax.random.key(1), (B, T, D))
+    return x, jnp.ones((B, T), bool).at[0, 2:].set(False).at[3].set(False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_token_goes_through_its_experts(kind):
+    module = MoE(config(**KINDS[kind]), jax.random.key(0))
+    x, mask = inputs()
+    y, aux = jax.jit(lambda x, mask: module(x, mask))(x, mask)
+    p = {name: np.asarray(getattr(module, name)[...]) for name in ("router", "gate", "up", "down")}
+    shared = module.shared and [np.asarray(w[...]) for w in (module.shared.gate, module.shared.up, module.shared.down)]
+    load = np.zeros(E)
+    for b, t in np.ndindex(B, T):
+        token = np.asarray(x[b, t])
+        expected = ffn(token, *shared) if shared else np.zeros(D)
+        choice = choice_of(kind, token @ p["router"], np.zeros(E)) if mask[b, t] else {}
+        for e, gate in choice.items():
+            expected = expected + gate * ffn(token, p["gate"][e], p["up"][e], p["down"][e])
+            load[e] += 1
+        np.testing.assert_allclose(y[b, t], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(aux.load, load)
+
+
+def aux_of(logits, mask, **changes) -> Aux:
+    return moe._aux(logits, choose(config(**changes), logits, None), mask)
+
+
+def test_balance_counts_tokens_where_use_is_even_and_more_where_not():
+    everyone = jnp.ones((1, E // A), bool)
+    even = 5.0 * jax.nn.one_hot(jnp.arange(E).reshape(1, E // A, A), E).sum(2)  # token t to experts 2t, 2t + 1
+    skewed = jnp.broadcast_to(even[:, :1], even.shape)
+    flat = jnp.zeros_like(even)
+    assert aux_of(even, everyone).balance == pytest.approx(E // A, rel=1e-5)
+    assert aux_of(flat, everyone).balance == pytest.approx(E // A, rel=1e-5)
+    assert aux_of(skewed, everyone).balance == pytest.approx(E // A * E / A, rel=0.03)  # softmax(5) is not quite all
+    pushed = -jax.grad(lambda logits: aux_of(logits, everyone).balance)(0.2 * skewed)
+    assert (pushed[..., :A] < 0).all()  # descent lowers the logits of the experts that all chose
+    assert (pushed[..., A:] > 0).all()
+
+
+def test_aux_is_a_sum_over_sequences_and_over_tokens_that_are_not_padding():
+    logits = jax.random.normal(jax.random.key(0), (2, T, E))
+    mask = jnp.ones((2, T), bool).at[1, 1:].set(False)
+    whole = aux_of(logits, mask)
+    parts = aux_of(logits[:1], mask[:1]), aux_of(logits[1:, :1], mask[1:, :1])
+    jax.tree.map(lambda a, *b: np.testing.assert_allclose(a, sum(b), rtol=1e-6), whole, *parts)
+    assert aux_of(jnp.zeros((1, T, E)), mask[:1]).router_z == pytest.approx(T * np.log(E) ** 2, rel=1e-5)
+
+
+def test_bias_follows_load():
+    np.testing.assert_allclose(
+        updated_bias(jnp.asarray([0.0, 0.5, 0.0]), jnp.asarray([6.0, 3.0, 0.0]), 0.1), [-0.1, 0.5, 0.1]
+    )
+
+
+def test_utilisation():
+    found = utilisation(jnp.asarray([[4.0, 4.0, 4.0, 4.0], [16.0, 0.0, 0.0, 0.0]]))
+    assert {name: float(value) for name, value in found.items()} == {"max_load": 2.5, "unused": 0.375}
+
+
+MESHES = {  # of axes expert, data, context, tensor
+    "expert 8": (8, 1, 1, 1),
+    "expert 4, data 2": (4, 2, 1, 1),
+    "context 2, expert 2, tensor 2": (2, 1, 2, 2),
+}
+
+
+def objective(state, x, mask, graphdef):
+    """A loss of every output, as a sum over tokens; and what it was made of."""
+    y, aux = nnx.merge(graphdef, state)(x, mask)
+    valid = mask[..., None].astype(x.dtype)
+    return jnp.sum(jnp.sin(y) * valid) + 0.3 * aux.balance + 0.1 * aux.router_z, (y, aux)
+
+
+@pytest.mark.parametrize("kind", ["qwen", "deepseek"])
+@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+def test_on_a_mesh_as_on_one_device(kind, sizes, monkeypatch):
+    changes = KINDS[kind] | dict(shared_ffn_dim=0)  # the shared FFN's parts are another module's
+    graphdef, state = nnx.split(MoE(config(**changes), jax.random.key(0)))
+    x, mask = inputs()
+    gradient = jax.value_and_grad(functools.partial(objective, graphdef=graphdef), argnums=(0, 1), has_aux=True)
+    (loss, (y, aux)), (d_state, d_x) = jax.jit(gradient)(state, x, mask)
+
+    axes = ("expert", "data", "context", "tensor")
+    large = {name for name, size in zip(axes, sizes, strict=True) if size > 1}
+    bound = {"experts": "expert", "expert_ffn": "tensor", "seq": "context"}
+    monkeypatch.setattr(moe, "manual_axes", lambda name: tuple(large & {bound[name]}))
+
+    def spec(path, _):
+        by_name = {"gate": P("expert", None, "tensor"), "up": P("expert", None, "tensor"), "down": P("expert", "tensor")}
+        return by_name.get(path[-2].key if path[-1] == "value" else path[0].key, P())
+
+    specs, tokens = jax.tree_util.tree_map_with_path(spec, state), P(("data", "expert"), "context")
+
+    def share(state, x, mask):
+        """This device's part of the objective: the tensor axis has every token once a device."""
+        loss, (y, aux) = objective(state, x, mask, graphdef)
+        extra = 0.3 * aux.balance + 0.1 * aux.router_z
+        return (loss - extra) / jax.lax.axis_size("tensor") + extra, (y, aux)
+
+    def inside(state, x, mask):
+        (loss, (y, aux)), (d_state, d_x) = jax.value_and_grad(share, argnums=(0, 1), has_aux=True)(state, x, mask)
+        split = lambda spec: {name for entry in spec for name in ([entry] if isinstance(entry, str) else entry or [])}
+        d_state = jax.tree.map(lambda d, s: jax.lax.psum(d, tuple(set(axes) - split(s))), d_state, specs)
+        return jax.lax.psum((loss, aux), axes), y, d_state, jax.lax.psum(d_x, "tensor")
+
+    mesh = Mesh(np.array(jax.devices()).reshape(sizes), axes)
+    outs = P(), tokens, specs, tokens
+    mapped = jax.shard_map(inside, mesh=mesh, in_specs=(specs, tokens, tokens), out_specs=outs, check_vma=False)
+    ours = jax.jit(mapped)(state, x, mask)
+    theirs = (loss, aux), y, d_state, d_x
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), ours, theirs)
