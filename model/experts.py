@@ -16,7 +16,6 @@ from model.layers import ACTIVATIONS
 from ops.grouped_matmul import Kernel, grouped_matmul, grouped_outer
 from parallel.exchange import Plan, Round, in_rounds, make_plan
 
-
 Accumulate = Literal["float32", "weight"]
 
 

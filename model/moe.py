@@ -81,8 +81,8 @@ class MoE(nnx.Module):
 def choose(config: ModelConfig, logits: Float[Array, "B T E"], bias: Float[Array, "E"] | None) -> Choice:
     """The A experts of highest score, plus bias where there is one; gates are of scores alone.
 
-    Softmax over all experts; where it is meant over the chosen alone, that is the same, normalized. Sigmoids, biases and
-    groups (those of highest sum of their two best experts are left to choose from): section 2.1.2 of arXiv:2412.19437.
+    Softmax is over all experts; over the chosen alone is the same, normalized. Sigmoids, biases, and groups (those with
+    the highest sum of their two best experts are left to choose from) as in section 2.1.2 of arXiv:2412.19437.
     """
     scores = jax.nn.sigmoid(logits) if config.router == "sigmoid" else jax.nn.softmax(logits, axis=-1)
     ranked = jax.lax.stop_gradient(scores)

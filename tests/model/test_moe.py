@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from model import moe
@@ -18,16 +18,21 @@ B, T, D, F, E, A = 8, 4, 8, 6, 8, 2
 
 
 def config(**changes) -> ModelConfig:
-    dense = dict(embed_dim=D, num_layers=2, num_heads=1, num_kv_heads=1, head_dim=D, ffn_dim=4, max_length=T)
-    experts = dict(num_experts=E, experts_per_token=A, expert_ffn_dim=F)
-    return ModelConfig(**(dense | dict(rope_theta=1e4, norm_eps=1e-6) | experts | changes))
+    dense = {"num_layers": 2, "num_heads": 1, "num_kv_heads": 1, "head_dim": D, "ffn_dim": 4, "max_length": T}
+    experts = {"num_experts": E, "experts_per_token": A, "expert_ffn_dim": F}
+    return ModelConfig(embed_dim=D, rope_theta=1e4, norm_eps=1e-6, **(dense | experts | changes))
 
 
-DEEPSEEK = dict(router="sigmoid", router_scale=2.5, router_groups=4, router_top_groups=2, shared_ffn_dim=5)
 KINDS = {
-    "qwen": dict(router="softmax", router_normalize=False),
-    "mixtral": dict(router="softmax_after"),
-    "deepseek": DEEPSEEK,
+    "qwen": {"router": "softmax", "router_normalize": False},
+    "mixtral": {"router": "softmax_after"},
+    "deepseek": {
+        "router": "sigmoid",
+        "router_scale": 2.5,
+        "router_groups": 4,
+        "router_top_groups": 2,
+        "shared_ffn_dim": 5,
+    },
 }
 
 
@@ -156,7 +161,7 @@ def objective(state, x, mask, graphdef):
 @pytest.mark.parametrize("kind", ["qwen", "deepseek"])
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
 def test_on_a_mesh_as_on_one_device(kind, sizes, monkeypatch):
-    changes = KINDS[kind] | dict(shared_ffn_dim=0)  # the shared FFN's parts are another module's
+    changes = KINDS[kind] | {"shared_ffn_dim": 0}  # the shared FFN's parts are another module's
     graphdef, state = nnx.split(MoE(config(**changes), jax.random.key(0)))
     x, mask = inputs()
     gradient = jax.value_and_grad(functools.partial(objective, graphdef=graphdef), argnums=(0, 1), has_aux=True)
@@ -168,8 +173,12 @@ def test_on_a_mesh_as_on_one_device(kind, sizes, monkeypatch):
     monkeypatch.setattr(moe, "manual_axes", lambda name: tuple(large & {bound[name]}))
 
     def spec(path, _):
-        by_name = {"gate": P("expert", None, "tensor"), "up": P("expert", None, "tensor"), "down": P("expert", "tensor")}
-        return by_name.get(path[-2].key if path[-1] == "value" else path[0].key, P())
+        by_name = {
+            "gate": P("expert", None, "tensor"),
+            "up": P("expert", None, "tensor"),
+            "down": P("expert", "tensor"),
+        }
+        return by_name.get(path[0].key, P())
 
     specs, tokens = jax.tree_util.tree_map_with_path(spec, state), P(("data", "expert"), "context")
 
@@ -181,8 +190,7 @@ def test_on_a_mesh_as_on_one_device(kind, sizes, monkeypatch):
 
     def inside(state, x, mask):
         (loss, (y, aux)), (d_state, d_x) = jax.value_and_grad(share, argnums=(0, 1), has_aux=True)(state, x, mask)
-        split = lambda spec: {name for entry in spec for name in ([entry] if isinstance(entry, str) else entry or [])}
-        d_state = jax.tree.map(lambda d, s: jax.lax.psum(d, tuple(set(axes) - split(s))), d_state, specs)
+        d_state = jax.tree.map(lambda d, spec: jax.lax.psum(d, tuple(set(axes) - set(spec))), d_state, specs)
         return jax.lax.psum((loss, aux), axes), y, d_state, jax.lax.psum(d_x, "tensor")
 
     mesh = Mesh(np.array(jax.devices()).reshape(sizes), axes)
@@ -191,3 +199,20 @@ def test_on_a_mesh_as_on_one_device(kind, sizes, monkeypatch):
     ours = jax.jit(mapped)(state, x, mask)
     theirs = (loss, aux), y, d_state, d_x
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), ours, theirs)
+
+
+def test_under_automatic_partitioning():
+    """Inference: experts split, tokens split, and the compiler finds the communication."""
+    module = MoE(config(**KINDS["deepseek"]), jax.random.key(0))
+    graphdef, state = nnx.split(module)
+    run = jax.jit(lambda state, x, mask: nnx.merge(graphdef, state)(x, mask))
+    expected = run(state, *inputs())
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "expert"))
+
+    def put(path, w):
+        is_expert = path[0].key in ("gate", "up", "down")
+        return jax.device_put(w, NamedSharding(mesh, P("expert") if is_expert else P()))
+
+    spread = jax.tree_util.tree_map_with_path(put, state)
+    x, mask = jax.device_put(inputs(), NamedSharding(mesh, P(("data", "expert"))))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), run(spread, x, mask), expected)
