@@ -53,7 +53,7 @@ def apply_experts(
     _, A = chosen.shape
     matmul = functools.partial(grouped_matmul, kernel=how.kernel)
 
-    def body(turn: Round, y):
+    def body(turn: Round, y: Array) -> Array:
         rows, gate = turn.send(x, copies=A), turn.send(gates.reshape(-1))
         a, b = matmul(rows, weights.gate, turn.sizes), matmul(rows, weights.up, turn.sizes)
         out = matmul(_hidden(how.activation, a, b, gate), weights.down, turn.sizes)

@@ -71,10 +71,10 @@ class MoE(nnx.Module):
         weights = Weights(*(w[...].astype(x.dtype) for w in (self.gate, self.up, self.down)))
         axes, capacity = manual_axes("experts"), self.config.expert_capacity
         how = Execution(E, self.config.activation, axes, capacity, kernel, accumulate)
-        flat = x.reshape(-1, x.shape[-1]), choice.gates.reshape(-1, A), chosen.reshape(-1, A)
-        y = apply_experts(how, *flat, weights).reshape(x.shape)
+        tokens, gates = x.reshape(-1, x.shape[-1]), choice.gates.reshape(-1, A)
+        y = apply_experts(how, tokens, gates, chosen.reshape(-1, A), weights)
         y = jax.lax.psum(y, manual_axes("expert_ffn"))  # all-reduce over tensor of each device's part of F
-        y = place(y, ("batch", "seq", "act_embed"))
+        y = place(y.reshape(x.shape), ("batch", "seq", "act_embed"))
         return y if self.shared is None else y + self.shared(x), _aux(logits, choice, mask)
 
 
