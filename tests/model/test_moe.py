@@ -12,7 +12,11 @@ from jax.sharding import PartitionSpec as P
 
 from model import moe
 from model.config import ModelConfig
+from model.layers import RESIDUAL, TOGETHER, names_of
 from model.moe import Aux, MoE, choose, updated_bias, utilisation
+from parallel.config import AxisRules, MeshConfig
+from parallel.mesh import make_mesh
+from parallel.sharding import everywhere, relaid, spec, summed_gradient, use
 
 B, T, D, F, E, A = 8, 4, 8, 6, 8, 2
 
@@ -107,8 +111,9 @@ def test_every_token_goes_through_its_experts(kind):
     np.testing.assert_array_equal(aux.load, load)
 
 
-def aux_of(logits, mask, **changes) -> Aux:
-    return moe._aux(logits, choose(config(**changes), logits, None), mask)
+@jax.jit
+def aux_of(logits, mask) -> Aux:
+    return moe._aux(logits, choose(config(), logits, None), mask)
 
 
 def test_balance_counts_tokens_where_use_is_even_and_more_where_not():
@@ -144,60 +149,46 @@ def test_utilisation():
     assert {name: float(value) for name, value in found.items()} == {"max_load": 2.5, "unused": 0.375}
 
 
-MESHES = {  # of axes expert, data, context, tensor
-    "expert 8": (8, 1, 1, 1),
-    "expert 4, data 2": (4, 2, 1, 1),
-    "context 2, expert 2, tensor 2": (2, 1, 2, 2),
-}
+MESHES = [
+    {"expert": 8},
+    {"expert": 4, "data": 2},
+    {"expert": 2, "context": 2, "tensor": 2},
+]
 
 
 def objective(state, x, mask, graphdef):
-    """A loss of every output, as a sum over tokens; and what it was made of."""
+    """This device's share of a loss of every output; and what it was made of. `x` is laid out as RESIDUAL."""
     y, aux = nnx.merge(graphdef, state)(x, mask)
-    valid = mask[..., None].astype(x.dtype)
+    valid = relaid(mask.astype(x.dtype), TOGETHER[:2], RESIDUAL[:2])[..., None]
     return jnp.sum(jnp.sin(y) * valid) + 0.3 * aux.balance + 0.1 * aux.router_z, (y, aux)
 
 
 @pytest.mark.parametrize("kind", ["qwen", "deepseek"])
-@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
-def test_on_a_mesh_as_on_one_device(kind, sizes, monkeypatch):
-    changes = KINDS[kind] | {"shared_ffn_dim": 0}  # the shared FFN's parts are another module's
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_on_a_mesh_as_on_one_device(kind, sizes):
+    changes = KINDS[kind] | {"shared_ffn_dim": 0 if kind == "qwen" else 4}
     graphdef, state = nnx.split(MoE(config(**changes), jax.random.key(0)))
     x, mask = inputs()
     gradient = jax.value_and_grad(functools.partial(objective, graphdef=graphdef), argnums=(0, 1), has_aux=True)
     (loss, (y, aux)), (d_state, d_x) = jax.jit(gradient)(state, x, mask)
 
-    axes = ("expert", "data", "context", "tensor")
-    large = {name for name, size in zip(axes, sizes, strict=True) if size > 1}
-    bound = {"experts": "expert", "expert_ffn": "tensor", "seq": "context"}
-    monkeypatch.setattr(moe, "manual_axes", lambda name: tuple(large & {bound[name]}))
-
-    def spec(path, _):
-        by_name = {
-            "gate": P("expert", None, "tensor"),
-            "up": P("expert", None, "tensor"),
-            "down": P("expert", "tensor"),
-        }
-        return by_name.get(path[0].key, P())
-
-    specs, tokens = jax.tree_util.tree_map_with_path(spec, state), P(("data", "expert"), "context")
-
-    def share(state, x, mask):
-        """This device's part of the objective: the tensor axis has every token once a device."""
-        loss, (y, aux) = objective(state, x, mask, graphdef)
-        extra = 0.3 * aux.balance + 0.1 * aux.router_z
-        return (loss - extra) / jax.lax.axis_size("tensor") + extra, (y, aux)
+    mesh, rules = make_mesh(MeshConfig(**({"data": 1} | sizes))), AxisRules(expert_embed=None, embed=None)
+    variables = jax.tree.leaves(state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    names = [names_of(variable) for variable in variables]
+    flat = [spec(names, rules, mesh) for names in names]
+    specs = jax.tree.unflatten(jax.tree.structure(state), flat)
+    stream, tokens = spec(RESIDUAL, rules, mesh), spec(TOGETHER[:2], rules, mesh)
 
     def inside(state, x, mask):
-        (loss, (y, aux)), (d_state, d_x) = jax.value_and_grad(share, argnums=(0, 1), has_aux=True)(state, x, mask)
-        d_state = jax.tree.map(lambda d, spec: jax.lax.psum(d, tuple(set(axes) - set(spec))), d_state, specs)
-        return jax.lax.psum((loss, aux), axes), y, d_state, jax.lax.psum(d_x, "tensor")
+        with use(mesh, rules, manual=True):
+            (loss, (y, aux)), (d_state, d_x) = gradient(state, x, mask)
+            summed = [summed_gradient(d, n) for d, n in zip(jax.tree.leaves(d_state), names, strict=True)]
+            return jax.lax.psum((loss, aux), everywhere()), y, summed, d_x
 
-    mesh = Mesh(np.array(jax.devices()).reshape(sizes), axes)
-    outs = P(), tokens, specs, tokens
-    mapped = jax.shard_map(inside, mesh=mesh, in_specs=(specs, tokens, tokens), out_specs=outs, check_vma=False)
-    ours = jax.jit(mapped)(state, x, mask)
-    theirs = (loss, aux), y, d_state, d_x
+    mapped = jax.shard_map(
+        inside, mesh=mesh, in_specs=(specs, stream, tokens), out_specs=(P(), stream, flat, stream), check_vma=False
+    )
+    ours, theirs = jax.jit(mapped)(state, x, mask), ((loss, aux), y, jax.tree.leaves(d_state), d_x)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), ours, theirs)
 
 
