@@ -16,9 +16,7 @@ Kernel = Literal["plain", "pallas"]
 
 BLOCK = 128  # rows of a turn of the loop on CPU, fewer where groups are smaller
 ROWS = 512  # of a tile; the kernels want a divisor of all rows
-WIDTH = (
-    1024  # of a tile's dims D and F; in `grouped_outer` half of it, since a float32 tile of the result stays in VMEM
-)
+WIDTH = 2048  # bytes of a tile's dims D and F, for tiles share 16 MiB of VMEM; in `grouped_outer` of their float32 sum
 LANES = 128  # of a TPU register: the smallest width of a tile that is not a whole dim
 
 
@@ -48,7 +46,8 @@ def _tiled_product(x, w, sizes, transposed):
     _, D, F = w.shape
     inputs, outputs = (F, D) if transposed else (D, F)
     tiles = _whole_tiles(x)
-    tiling = (_row_tile(len(tiles)), _tile(inputs, WIDTH), _tile(outputs, WIDTH))
+    width = WIDTH // x.dtype.itemsize
+    tiling = (_row_tile(len(tiles)), _tile(inputs, width), _tile(outputs, width))
     with jax.numpy_dtype_promotion("standard"):  # the library's own code leans on it
         return gmm(tiles, w, sizes, x.dtype, tiling, transpose_rhs=transposed)[: len(x)]
 
@@ -80,7 +79,7 @@ def grouped_outer(
     if kernel == "plain":
         return jax.lax.platform_dependent(x, y, sizes, total, cpu=_looped_outer, default=_ragged_outer)
     x, y = _whole_tiles(x), _whole_tiles(y)
-    tiling = (_row_tile(len(x)), _tile(x.shape[1], WIDTH // 2), _tile(y.shape[1], WIDTH // 2))
+    tiling = (_row_tile(len(x)), _tile(x.shape[1], WIDTH // 4), _tile(y.shape[1], WIDTH // 4))
     with jax.numpy_dtype_promotion("standard"):
         return tgmm(x.swapaxes(0, 1), y, sizes, total.dtype, tiling, existing_out=total)
 

@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import SingleDeviceSharding
 
 from ops import reference
 from ops.grouped_matmul import _looped_outer, _looped_product, _ragged_outer, grouped_matmul, grouped_outer
+from tests.tpu import tpu_devices
 
 
 def arrays(rows, D, F, E, dtype=jnp.float32, seed=0):
@@ -88,3 +90,15 @@ def test_both_directions_differentiate():
     theirs = jax.grad(lambda y, w: jnp.sum(jnp.sin(slow(y, w))), argnums=(0, 1))(y, w)
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+def test_tiles_fit_into_vmem(topology, dtype, monkeypatch):
+    here = SingleDeviceSharding(tpu_devices(topology, monkeypatch)[0])
+    shapes = (1024, 2048), (4, 2048, 2048), (1024, 2048)
+    x, w, d_y = [jax.ShapeDtypeStruct(shape, dtype, sharding=here) for shape in shapes]
+    sizes = jax.ShapeDtypeStruct((4,), jnp.int32, sharding=here)
+    compiled = gradients.lower(sizes, x, w, d_y, pallas).compile()
+    assert compiled.as_text().count("tpu_custom_call") == 3  # y, d_x, d_w
