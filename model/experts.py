@@ -38,8 +38,7 @@ class Execution(NamedTuple):
     accumulate: Accumulate  # type in which rounds add to the weights' gradients; with one round, the same to the bit
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def apply_experts(
+def _apply(
     how: Execution,
     x: Float[Array, "tokens D"],
     gates: Float[Array, "tokens A"],
@@ -78,7 +77,7 @@ def _add_copies(total: Float[Array, "tokens D"], rows: Float[Array, "rows D"]) -
 
 
 def _forward(how, x, gates, chosen, weights):
-    return apply_experts(how, x, gates, chosen, weights), (x, gates, chosen, weights)
+    return _apply(how, x, gates, chosen, weights), (x, gates, chosen, weights)
 
 
 def _backward(how, residuals, d_y):
@@ -115,4 +114,5 @@ def _expert_gradients(how, turn, arrived, weights, total):
     return d_rows, d_gate, d_weights
 
 
+apply_experts = jax.custom_vjp(_apply, nondiff_argnums=(0,))
 apply_experts.defvjp(_forward, _backward)

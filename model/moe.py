@@ -54,9 +54,7 @@ class MoE(nnx.Module):
         wide = dataclasses.replace(config, ffn_dim=max(config.shared_ffn_dim, 1))
         self.shared = FeedForward(wide, shared) if config.shared_ffn_dim else nnx.data(None)
 
-    def __call__(
-        self, stream: Float[Array, "B t D"], mask: Bool[Array, "B T"]
-    ) -> tuple[Float[Array, "B t D"], Aux]:
+    def __call__(self, stream: Float[Array, "B t D"], mask: Bool[Array, "B T"]) -> tuple[Float[Array, "B t D"], Aux]:
         """-> y, 0 from the experts where `mask` is False, and what the loss and the metrics need.
 
         `stream` and y are laid out as RESIDUAL.
@@ -71,7 +69,7 @@ class MoE(nnx.Module):
         how = Execution(E, self.config.activation, axes, self.config.expert_capacity, kernel, "weight")
         tokens, gates = x.reshape(-1, x.shape[-1]), choice.gates.reshape(-1, A)
         y = apply_experts(how, tokens, gates, chosen.reshape(-1, A), weights)
-        y = added(jnp.reshape(y, x.shape), "expert_ffn", RESIDUAL)
+        y = added(y.reshape(x.shape), "expert_ffn", RESIDUAL)
         return y if self.shared is None else y + self.shared(stream), _aux(logits, choice, mask)
 
 

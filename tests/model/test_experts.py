@@ -21,7 +21,7 @@ HOW = Execution(E, "silu", (), 1.25, "plain", "float32")
 
 
 def inputs(seed, skewed=False):
-    """x, gates, chosen, weights, and d_y; 3 tokens are padding. Skewed: all choose experts 2 and 3, in 2 or 3 rounds."""
+    """x, gates, chosen, weights, and d_y; 3 tokens are padding. Skewed: all choose 2 and 3, in 2 or 3 rounds."""
     keys = jax.random.split(jax.random.key(seed), 7)
     shapes = ((TOKENS, D), (TOKENS, A), (E, D, F), (E, D, F), (E, F, D), (TOKENS, D))
     x, gates, gate, up, down, d_y = [jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=False)]
