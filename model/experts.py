@@ -16,6 +16,8 @@ from model.layers import ACTIVATIONS
 from ops.grouped_matmul import Kernel, grouped_matmul, grouped_outer
 from parallel.exchange import Plan, Round, in_rounds, make_plan
 
+Accumulate = Literal["float32", "weight"]
+
 
 class Weights(NamedTuple):
     """The experts of this device; F may be its part of an expert's width."""
@@ -33,11 +35,10 @@ class Execution(NamedTuple):
     axes: tuple[str, ...]  # mesh axes that the experts are split over, inside a shard_map
     capacity: float  # of a round of the exchange (parallel/exchange.py)
     kernel: Kernel
-    accumulate: Literal["float32", "weight"]  # type in which rounds add to the weights' gradients
+    accumulate: Accumulate  # type in which rounds add to the weights' gradients; with one round, the same to the bit
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def apply_experts(
+def _apply(
     how: Execution,
     x: Float[Array, "tokens D"],
     gates: Float[Array, "tokens A"],
@@ -51,7 +52,7 @@ def apply_experts(
     _, A = chosen.shape
     matmul = functools.partial(grouped_matmul, kernel=how.kernel)
 
-    def body(turn: Round, y):
+    def body(turn: Round, y: Array) -> Array:
         rows, gate = turn.send(x, copies=A), turn.send(gates.reshape(-1))
         a, b = matmul(rows, weights.gate, turn.sizes), matmul(rows, weights.up, turn.sizes)
         out = matmul(_hidden(how.activation, a, b, gate), weights.down, turn.sizes)
@@ -76,7 +77,7 @@ def _add_copies(total: Float[Array, "tokens D"], rows: Float[Array, "rows D"]) -
 
 
 def _forward(how, x, gates, chosen, weights):
-    return apply_experts(how, x, gates, chosen, weights), (x, gates, chosen, weights)
+    return _apply(how, x, gates, chosen, weights), (x, gates, chosen, weights)
 
 
 def _backward(how, residuals, d_y):
@@ -113,4 +114,5 @@ def _expert_gradients(how, turn, arrived, weights, total):
     return d_rows, d_gate, d_weights
 
 
+apply_experts = jax.custom_vjp(_apply, nondiff_argnums=(0,))
 apply_experts.defvjp(_forward, _backward)

@@ -54,9 +54,7 @@ class MoE(nnx.Module):
         wide = dataclasses.replace(config, ffn_dim=max(config.shared_ffn_dim, 1))
         self.shared = FeedForward(wide, shared) if config.shared_ffn_dim else nnx.data(None)
 
-    def __call__(
-        self, stream: Float[Array, "B t D"], mask: Bool[Array, "B T"]
-    ) -> tuple[Float[Array, "B t D"], Aux]:
+    def __call__(self, stream: Float[Array, "B t D"], mask: Bool[Array, "B T"]) -> tuple[Float[Array, "B t D"], Aux]:
         """-> y, 0 from the experts where `mask` is False, and what the loss and the metrics need.
 
         `stream` and y are laid out as RESIDUAL.
@@ -68,18 +66,18 @@ class MoE(nnx.Module):
         chosen = jnp.where(mask[..., None], choice.chosen, E)  # padding goes nowhere
         weights = Weights(*(w[...].astype(x.dtype) for w in (self.gate, self.up, self.down)))
         axes, kernel = manual_axes("experts"), "pallas" if self.config.kernels == "pallas" else "plain"
-        how = Execution(E, self.config.activation, axes, self.config.expert_capacity, kernel, "float32")
-        flat = x.reshape(-1, x.shape[-1]), choice.gates.reshape(-1, A), chosen.reshape(-1, A)
-        y = apply_experts(how, *flat, weights).reshape(x.shape)
-        y = added(y, "expert_ffn", RESIDUAL)
+        how = Execution(E, self.config.activation, axes, self.config.expert_capacity, kernel, "weight")
+        tokens, gates = x.reshape(-1, x.shape[-1]), choice.gates.reshape(-1, A)
+        y = apply_experts(how, tokens, gates, chosen.reshape(-1, A), weights)
+        y = added(y.reshape(x.shape), "expert_ffn", RESIDUAL)
         return y if self.shared is None else y + self.shared(stream), _aux(logits, choice, mask)
 
 
 def choose(config: ModelConfig, logits: Float[Array, "B T E"], bias: Float[Array, "E"] | None) -> Choice:
     """The A experts of highest score, plus bias where there is one; gates are of scores alone.
 
-    Softmax over all experts; where it is meant over the chosen alone, that is the same, normalized. Sigmoids, biases and
-    groups (those of highest sum of their two best experts are left to choose from): section 2.1.2 of arXiv:2412.19437.
+    Softmax is over all experts; over the chosen alone is the same, normalized. Sigmoids, biases, and groups (those with
+    the highest sum of their two best experts are left to choose from) as in section 2.1.2 of arXiv:2412.19437.
     """
     scores = jax.nn.sigmoid(logits) if config.router == "sigmoid" else jax.nn.softmax(logits, axis=-1)
     ranked = jax.lax.stop_gradient(scores)

@@ -1,10 +1,11 @@
-"""Rows times the matrix of their group, forward and backward: plain `ragged_dot`, or Pallas on TPU. Knows no experts.
+"""Rows times the matrix of their group, forward and backward: plain, or in Pallas for TPU. Knows no experts.
 
-Rows stand sorted by group, `sizes` says how many each group has; rows beyond their sum belong to none and count as zero.
+Rows stand sorted by group, `sizes` says how many each has; rows beyond their sum belong to none and count as zero.
+Plain is XLA's `ragged_dot`; but on CPU, where that multiplies every row by every matrix, a loop over blocks of rows.
 """
 
 import functools
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,9 @@ from jaxtyping import Array, Float, Int
 
 Kernel = Literal["plain", "pallas"]
 
+BLOCK = 128  # rows of a turn of the loop on CPU, fewer where groups are smaller
 ROWS = 512  # of a tile; the kernels want a divisor of all rows
-WIDTH = 1024  # of a tile's dims D and F; in `grouped_outer` half of it, since a float32 tile of the result stays in VMEM
+WIDTH = 2048  # bytes of a tile's dims D and F, for tiles share 16 MiB of VMEM; in `grouped_outer` of their float32 sum
 LANES = 128  # of a TPU register: the smallest width of a tile that is not a whole dim
 
 
@@ -33,7 +35,8 @@ def grouped_matmul(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _product(x, w, sizes, kernel, transposed):
     if kernel == "plain":
-        y = jax.lax.ragged_dot(x, w.swapaxes(1, 2) if transposed else w, sizes)
+        w = w.swapaxes(1, 2) if transposed else w
+        y = jax.lax.platform_dependent(x, w, sizes, cpu=_looped_product, default=jax.lax.ragged_dot)
     else:
         y = _tiled_product(x, w, sizes, transposed)
     return jnp.where((jnp.arange(len(x)) < jnp.sum(sizes))[:, None], y, jnp.zeros((), y.dtype))
@@ -43,7 +46,8 @@ def _tiled_product(x, w, sizes, transposed):
     _, D, F = w.shape
     inputs, outputs = (F, D) if transposed else (D, F)
     tiles = _whole_tiles(x)
-    tiling = (_row_tile(len(tiles)), _tile(inputs, WIDTH), _tile(outputs, WIDTH))
+    width = WIDTH // x.dtype.itemsize
+    tiling = (_row_tile(len(tiles)), _tile(inputs, width), _tile(outputs, width))
     with jax.numpy_dtype_promotion("standard"):  # the library's own code leans on it
         return gmm(tiles, w, sizes, x.dtype, tiling, transpose_rhs=transposed)[: len(x)]
 
@@ -73,17 +77,64 @@ def grouped_outer(
 ) -> Float[Array, "E D F"]:
     """total + xᵀ y over each group's rows, added in float32: the gradient of `grouped_matmul` in its matrices."""
     if kernel == "plain":
-        product = jax.lax.ragged_dot_general(x, y, sizes, _OUTER, preferred_element_type=jnp.float32)
-        return (total.astype(jnp.float32) + product).astype(total.dtype)
+        return jax.lax.platform_dependent(x, y, sizes, total, cpu=_looped_outer, default=_ragged_outer)
     x, y = _whole_tiles(x), _whole_tiles(y)
-    tiling = (_row_tile(len(x)), _tile(x.shape[1], WIDTH // 2), _tile(y.shape[1], WIDTH // 2))
+    tiling = (_row_tile(len(x)), _tile(x.shape[1], WIDTH // 4), _tile(y.shape[1], WIDTH // 4))
     with jax.numpy_dtype_promotion("standard"):
         return tgmm(x.swapaxes(0, 1), y, sizes, total.dtype, tiling, existing_out=total)
 
 
-_OUTER = jax.lax.RaggedDotDimensionNumbers(
-    dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
-)
+def _ragged_outer(x, y, sizes, total):
+    dims = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
+    product = jax.lax.ragged_dot_general(x, y, sizes, dims, preferred_element_type=jnp.float32)
+    return (total.astype(jnp.float32) + product).astype(total.dtype)
+
+
+class Blocks(NamedTuple):
+    """Runs of rows of one group each, in order."""
+
+    size: int  # rows of a block, some of which may be beyond its group
+    number: Int[Array, ""]  # of blocks, at most
+    group: Int[Array, "blocks"]
+    start: Int[Array, "blocks"]  # first row
+    end: Int[Array, "blocks"]  # of its group
+
+
+def _blocks(rows: int, sizes: Int[Array, "E"]) -> Blocks:
+    """Each group cut from its first row on."""
+    size = min(BLOCK, max(8, 1 << (rows // len(sizes)).bit_length()))
+    counts = (sizes + size - 1) // size
+    ends, last = jnp.cumsum(sizes), jnp.cumsum(counts)
+    block = jnp.arange(rows // size + len(sizes))
+    group = jnp.minimum(jnp.sum(block[:, None] >= last[None], axis=1), len(sizes) - 1)
+    start = (ends - sizes)[group] + (block - (last - counts)[group]) * size
+    return Blocks(size, last[-1], group, start, ends[group])
+
+
+def _looped_product(x, w, sizes):
+    blocks = _blocks(len(x), sizes)
+    x = jnp.pad(x, ((0, blocks.size), (0, 0)))
+
+    def body(i, y):  # rows beyond the group are put right by the next block
+        block = jax.lax.dynamic_slice_in_dim(x, blocks.start[i], blocks.size) @ w[blocks.group[i]]
+        return jax.lax.dynamic_update_slice_in_dim(y, block, blocks.start[i], 0)
+
+    return jax.lax.fori_loop(0, blocks.number, body, jnp.zeros((len(x), w.shape[2]), x.dtype))[: -blocks.size]
+
+
+def _looped_outer(x, y, sizes, total):
+    blocks = _blocks(len(x), sizes)
+    x, y = [jnp.pad(rows, ((0, blocks.size), (0, 0))) for rows in (x, y)]
+
+    def body(i, total):
+        start, group = blocks.start[i], blocks.group[i]
+        left, right = [jax.lax.dynamic_slice_in_dim(rows, start, blocks.size) for rows in (x, y)]
+        is_inside = (start + jnp.arange(blocks.size) < blocks.end[i])[:, None]
+        left = jnp.where(is_inside, left, jnp.zeros((), x.dtype))
+        product = jnp.einsum("MD,MF->DF", left, right, preferred_element_type=jnp.float32)
+        return total.at[group].add(product)
+
+    return jax.lax.fori_loop(0, blocks.number, body, total.astype(jnp.float32)).astype(total.dtype)
 
 
 def _row_tile(rows: int) -> int:

@@ -2,7 +2,7 @@
 
 Each device of an axis holds some of E groups and has rows of its own, each of one group. A round sends at most C rows
 from each device to each (one all-to-all of [X * C, D] over X devices), and as many back. Nothing is dropped: rounds run
-until no device has rows left, one where rows are spread evenly. Without an axis one round holds all rows, none is moved.
+until no device has rows left, one where they are spread evenly. Without an axis one round has all rows and moves none.
 
     plan = make_plan(groups, num_groups=E, axes=("expert",), capacity=1.25)
     y = in_rounds(plan, lambda turn, y: y + turn.bring_back(work(turn.send(x), turn.sizes)), zeros)
@@ -44,7 +44,7 @@ class Round(NamedTuple):
     axes: tuple[str, ...]
 
     def send(self, x: Shaped[Array, "items ..."], *, copies: int = 1) -> Shaped[Array, "slots ..."]:
-        """Each row's value where its group is, sorted by group. An item has `copies` rows: row r is of item r // copies."""
+        """Each row's value where its group is, sorted by group; row r's value is item r // copies."""
         leaving = x.at[self.outgoing // copies].get(mode="promise_in_bounds")
         if self.sorting is None:
             return leaving
