@@ -124,30 +124,32 @@ class _Ring(NamedTuple):
         """[B T ...] of every device, one after the other along T."""
         return jax.tree.map(lambda x: lax.all_gather(x, self.axes, axis=1, tiled=True), tree)
 
-    def turn(self, at: Places, kv: Any, step: Callable, carry: Any) -> Any:
-        """carry = step(carry, kv, whether it comes from a lower rank, its places) for all chunks but one's own.
+    def turn(self, mine: tuple, kv: Any, step: Callable, carry: Any) -> Any:
+        """carry = step(carry, mine, kv, whether it comes from a lower rank, its places) for all chunks but one's own.
 
-        The next keys are sent before these are used. The barrier keeps the compiler from computing all steps first and
-        then sending the sums of d_k and d_v with nothing beside it, and from keeping each step's keys of the forward
-        for the backward. Places come in one small gather ahead of the keys instead of a permute a step.
+        The next keys are sent before these are used. Barriers make steps follow one another: without them the compiler
+        computes all of them first, then sends the sums of d_k and d_v with nothing beside it, and holds what every
+        step takes and gives (docs/design/context.md). Places (the last of `mine`) come in one small gather ahead of
+        the keys instead of a permute a step.
         """
         if self.size == 1:
             return carry
-        everywhere, rank = lax.all_gather(jnp.stack(at), self.axes), lax.axis_index(self.axes)
+        everywhere, rank = lax.all_gather(jnp.stack(mine[-1]), self.axes), lax.axis_index(self.axes)
 
-        def use(carry, kv, distance):
+        def use(carry, mine, kv, distance):
             source = lax.rem(rank + self.size - distance, self.size)
-            return step(carry, kv, distance <= rank, Places(*everywhere[source]))
+            return step(carry, mine, kv, distance <= rank, Places(*everywhere[source]))
 
         def body(state, distance):
-            carry, kv = state
-            ahead = self.shift(kv)
-            return lax.optimization_barrier((use(carry, kv, distance), ahead)), None
+            carry, mine, kv = state
+            return lax.optimization_barrier((use(carry, mine, kv, distance), mine, self.shift(kv))), None
 
         distances = jnp.arange(1, self.size - 1, dtype=jnp.int32)
         unroll = max(1, min(UNROLL, self.size - 2))
-        (carry, kv), _ = lax.scan(body, (carry, self.shift(kv)), distances, unroll=unroll)
-        return use(carry, kv, self.size - 1)
+        first = lax.optimization_barrier((carry, mine, self.shift(kv)))
+        state, _ = lax.scan(body, first, distances, unroll=unroll)
+        carry, mine, kv = state
+        return use(carry, mine, kv, self.size - 1)
 
 
 def _apart(window: Int[Array, ""] | int | None) -> tuple[int | None, Int[Array, ""] | None]:
@@ -261,13 +263,15 @@ def _ring(how: _Ring, q, k, v, at: Places, late):
 def _ring_forward(how: _Ring, q, k, v, at: Places, late):
     forward = partial(how.kernel.forward, **how.rule(late))
 
-    def step(found, kv, lower, k_at):
-        queries, (keys, their_places) = how.cut.queries((q, at), lower), how.cut.keys((kv, k_at), lower)
-        new = _partial(forward(queries[0], *keys, queries[1], their_places))
+    def attend(mine, kv, k_at):
+        return _partial(forward(mine[0], *kv, mine[1], k_at))
+
+    def step(found, mine, kv, lower, k_at):
+        new = attend(how.cut.queries(mine, lower), *how.cut.keys((kv, k_at), lower))
         return _join(found, how.cut.to_queries(new, lower, _join, NOTHING))
 
     with jax.named_scope("ring_forward"):
-        out, lse = how.turn(at, (k, v), step, _partial(forward(q, k, v, at, at)))
+        out, lse = how.turn((q, at), (k, v), step, attend((q, at), (k, v), at))
     out, lse = checkpoint_name(out.astype(q.dtype), OUT), checkpoint_name(jnp.swapaxes(lse, 1, 2), LSE)
     return out, (q, k, v, at, late, out, lse)
 
@@ -279,13 +283,13 @@ def _ring_backward(how: _Ring, residuals, d_out):
     mine = (q, out, jnp.swapaxes(lse, 1, 2), d_out, at)
     add = partial(jax.tree.map, jnp.add)
 
-    def gradients(queries, keys, k_at):
-        q, out, lse, d_out, q_at = queries
-        grads = backward(q, *keys, out, jnp.swapaxes(lse, 1, 2), d_out, q_at, k_at)
+    def gradients(mine, kv, k_at):
+        q, out, lse, d_out, q_at = mine
+        grads = backward(q, *kv, out, jnp.swapaxes(lse, 1, 2), d_out, q_at, k_at)
         d_q, *d_kv = (x.astype(jnp.float32) for x in grads)
         return d_q, tuple(d_kv)
 
-    def step(carry, kv, lower, k_at):
+    def step(carry, mine, kv, lower, k_at):
         d_q, d_kv = carry
         d_kv = how.shift(d_kv)
         new_q, new_kv = gradients(how.cut.queries(mine, lower), *how.cut.keys((kv, k_at), lower))
@@ -293,7 +297,7 @@ def _ring_backward(how: _Ring, residuals, d_out):
         return add(d_q, new_q), add(d_kv, how.cut.to_keys(new_kv, lower, add, (0.0, 0.0)))
 
     with jax.named_scope("ring_backward"):
-        d_q, d_kv = how.turn(at, (k, v), step, gradients(mine, (k, v), at))
+        d_q, d_kv = how.turn(mine, (k, v), step, gradients(mine, (k, v), at))
         d_k, d_v = how.shift(d_kv)
     return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None, None
 
