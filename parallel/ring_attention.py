@@ -19,10 +19,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ops.attention import HIDDEN, Places
 
-# Steps of a ring that are written out one after the other, which spares the copies of a loop's carry; each is a kernel
-# call in the program, so longer rings loop over this many.
-UNROLL = 8
-
 OUT, LSE = "attention_out", "attention_lse"  # for remat policies: kept, the backward runs no forward attention again
 
 
@@ -124,32 +120,29 @@ class _Ring(NamedTuple):
         """[B T ...] of every device, one after the other along T."""
         return jax.tree.map(lambda x: lax.all_gather(x, self.axes, axis=1, tiled=True), tree)
 
-    def turn(self, mine: tuple, kv: Any, step: Callable, carry: Any) -> Any:
-        """carry = step(carry, mine, kv, whether it comes from a lower rank, its places) for all chunks but one's own.
+    def turn(self, at: Places, kv: Any, step: Callable, carry: Any) -> Any:
+        """carry = step(carry, kv, whether it comes from a lower rank, its places) for all chunks but one's own.
 
-        The next keys are sent before these are used. Barriers make steps follow one another: without them the compiler
-        computes all of them first, then sends the sums of d_k and d_v with nothing beside it, and holds what every
-        step takes and gives (docs/design/context.md). Places (the last of `mine`) come in one small gather ahead of
-        the keys instead of a permute a step.
+        The next keys are sent before these are used. A loop, not written out: inside one turn the compiler sends
+        beside the products; left free, it computes all steps first and sends after them (docs/design/context.md).
+        Places come in one small gather ahead of the keys instead of a permute a step.
         """
         if self.size == 1:
             return carry
-        everywhere, rank = lax.all_gather(jnp.stack(mine[-1]), self.axes), lax.axis_index(self.axes)
+        everywhere, rank = lax.all_gather(jnp.stack(at), self.axes), lax.axis_index(self.axes)
 
-        def use(carry, mine, kv, distance):
+        def use(carry, kv, distance):
             source = lax.rem(rank + self.size - distance, self.size)
-            return step(carry, mine, kv, distance <= rank, Places(*everywhere[source]))
+            return step(carry, kv, distance <= rank, Places(*everywhere[source]))
 
         def body(state, distance):
-            carry, mine, kv = state
-            return lax.optimization_barrier((use(carry, mine, kv, distance), mine, self.shift(kv))), None
+            carry, kv = state
+            ahead = self.shift(kv)
+            return (use(carry, kv, distance), ahead), None
 
-        distances = jnp.arange(1, self.size - 1, dtype=jnp.int32)
-        unroll = max(1, min(UNROLL, self.size - 2))
-        first = lax.optimization_barrier((carry, mine, self.shift(kv)))
-        state, _ = lax.scan(body, first, distances, unroll=unroll)
-        carry, mine, kv = state
-        return use(carry, mine, kv, self.size - 1)
+        first = lax.optimization_barrier((carry, self.shift(kv)))  # one's own chunk is a turn, too
+        (carry, kv), _ = lax.scan(body, first, jnp.arange(1, self.size - 1, dtype=jnp.int32))
+        return use(carry, kv, self.size - 1)
 
 
 def _apart(window: Int[Array, ""] | int | None) -> tuple[int | None, Int[Array, ""] | None]:
@@ -266,12 +259,12 @@ def _ring_forward(how: _Ring, q, k, v, at: Places, late):
     def attend(mine, kv, k_at):
         return _partial(forward(mine[0], *kv, mine[1], k_at))
 
-    def step(found, mine, kv, lower, k_at):
-        new = attend(how.cut.queries(mine, lower), *how.cut.keys((kv, k_at), lower))
+    def step(found, kv, lower, k_at):
+        new = attend(how.cut.queries((q, at), lower), *how.cut.keys((kv, k_at), lower))
         return _join(found, how.cut.to_queries(new, lower, _join, NOTHING))
 
     with jax.named_scope("ring_forward"):
-        out, lse = how.turn((q, at), (k, v), step, attend((q, at), (k, v), at))
+        out, lse = how.turn(at, (k, v), step, attend((q, at), (k, v), at))
     out, lse = checkpoint_name(out.astype(q.dtype), OUT), checkpoint_name(jnp.swapaxes(lse, 1, 2), LSE)
     return out, (q, k, v, at, late, out, lse)
 
@@ -289,7 +282,7 @@ def _ring_backward(how: _Ring, residuals, d_out):
         d_q, *d_kv = (x.astype(jnp.float32) for x in grads)
         return d_q, tuple(d_kv)
 
-    def step(carry, mine, kv, lower, k_at):
+    def step(carry, kv, lower, k_at):
         d_q, d_kv = carry
         d_kv = how.shift(d_kv)
         new_q, new_kv = gradients(how.cut.queries(mine, lower), *how.cut.keys((kv, k_at), lower))
@@ -297,7 +290,7 @@ def _ring_backward(how: _Ring, residuals, d_out):
         return add(d_q, new_q), add(d_kv, how.cut.to_keys(new_kv, lower, add, (0.0, 0.0)))
 
     with jax.named_scope("ring_backward"):
-        d_q, d_kv = how.turn(mine, (k, v), step, gradients(mine, (k, v), at))
+        d_q, d_kv = how.turn(at, (k, v), step, gradients(mine, (k, v), at))
         d_k, d_v = how.shift(d_kv)
     return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None, None
 
