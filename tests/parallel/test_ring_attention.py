@@ -5,6 +5,7 @@ another order, which errs by some eps * sqrt(T) of the largest term. 50 eps = 6e
 """
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from model.memory import GatheredKV, Queries, Ring, Rule
-from ops import attention, reference
+from ops import attention, flash_attention, reference
 from ops.attention import Places
 from parallel.ring_attention import LSE, OUT, gathered, ring, zigzag, zigzag_inverse
 
@@ -117,6 +118,20 @@ def test_gathered_keys_answer_as_one_device_in_any_order(rule):
     rule = {"window": None, "softcap": None} | rule
     attend = functools.partial(gathered, axes=axes, scale=SCALE, kernel=attention, **rule)
     results = split(attend, make_mesh(a=2, b=2), axes, balanced=True)(*args)
+    assert_equal(results, one_device(*args, **rule), args[-1])
+
+
+@pytest.mark.parametrize("how", [functools.partial(ring, balanced=True), gathered], ids=["ring", "gathered"])
+def test_the_tpu_kernel_travels_as_well(how):
+    """Interpreted, its blocks larger than a chunk."""
+    interpreted = {"interpret": True, "blocks": flash_attention.Blocks(128, 128)}
+    kernel = types.SimpleNamespace(
+        forward=functools.partial(flash_attention.forward, **interpreted),
+        backward=functools.partial(flash_attention.backward, **interpreted),
+    )
+    args, rule = problem(ROWS), {"window": 11, "softcap": 1.5}
+    attend = functools.partial(how, axes=("context",), scale=SCALE, kernel=kernel, **rule)
+    results = split(attend, make_mesh(context=4), ("context",), balanced=True)(*args)
     assert_equal(results, one_device(*args, **rule), args[-1])
 
 
