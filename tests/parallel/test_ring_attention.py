@@ -122,6 +122,20 @@ def test_gathered_keys_answer_as_one_device_in_any_order(rule):
 
 
 @pytest.mark.parametrize("how", [functools.partial(ring, balanced=True), gathered], ids=["ring", "gathered"])
+def test_bfloat16_in_is_bfloat16_out_and_sums_are_float32(how):
+    """Rounding q, k, v, d_out, weights and results errs by some 2^-9 each: 2 % of the largest value is ten of those."""
+    *arrays, at = problem(ROWS)
+    small = [x.astype(jnp.bfloat16) for x in arrays]
+    attend = functools.partial(how, axes=("context",), window=None, scale=SCALE, softcap=None, kernel=attention)
+    results = split(attend, make_mesh(context=4), ("context",), balanced=True)(*small, at)
+    real = np.asarray(at.segments) > 0
+    for result, good in zip(results, one_device(*[x.astype(jnp.float32) for x in small], at), strict=True):
+        assert result.dtype == jnp.bfloat16
+        result, good = np.asarray(result.astype(jnp.float32))[real], np.asarray(good)[real]
+        assert np.abs(result - good).max() < 0.02 * np.abs(good).max()
+
+
+@pytest.mark.parametrize("how", [functools.partial(ring, balanced=True), gathered], ids=["ring", "gathered"])
 def test_the_tpu_kernel_travels_as_well(how):
     """Interpreted, its blocks larger than a chunk."""
     interpreted = {"interpret": True, "blocks": flash_attention.Blocks(128, 128)}
