@@ -4,6 +4,7 @@ Knows no weights.
 """
 
 import dataclasses
+import importlib
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -12,14 +13,20 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from model.config import ModelConfig
-from ops import attention, flash_attention
+from ops import attention
 from ops.attention import Places
 from parallel import ring_attention
 from parallel.sharding import place
 
-KERNELS = {"plain": attention, "pallas": flash_attention}  # modules with `forward` and `backward`: attention to keys in any order
+# Modules with `forward` and `backward`: attention to keys in any order.
+KERNELS = {"plain": "ops.attention", "pallas": "ops.flash_attention"}
 
 CACHE_NAMES = ("batch", "act_heads", None, None)
+
+
+def kernel(name: str) -> Any:
+    """The module, imported when it is asked for: Pallas is slow to import, and inference does without."""
+    return importlib.import_module(KERNELS[name])
 
 
 class Queries(NamedTuple):
@@ -70,7 +77,7 @@ def _plain(q, k, v, at: Places, **rule):
 
 
 def _pallas(q, k, v, at: Places, **rule):
-    return flash_attention.attend(q, k, v, at, at, **rule)
+    return kernel("pallas").attend(q, k, v, at, at, **rule)
 
 
 OWN_ROWS = {"plain": _plain, "pallas": _pallas}
@@ -87,7 +94,7 @@ class Ring:
 
     def attend(self, q, k, v, queries: Queries, rule: Rule):
         """Causal attention inside each document of a row, whichever devices hold it."""
-        how = {"axes": self.axes, "balanced": self.balanced, "kernel": KERNELS[self.kernel]}
+        how = {"axes": self.axes, "balanced": self.balanced, "kernel": kernel(self.kernel)}
         return ring_attention.ring(q, k, v, Places(*queries), **how, **rule._asdict()), self
 
 
@@ -101,7 +108,7 @@ class GatheredKV:
 
     def attend(self, q, k, v, queries: Queries, rule: Rule):
         """Causal attention inside each document of a row, whichever devices hold it."""
-        how = {"axes": self.axes, "kernel": KERNELS[self.kernel]}
+        how = {"axes": self.axes, "kernel": kernel(self.kernel)}
         return ring_attention.gathered(q, k, v, Places(*queries), **how, **rule._asdict()), self
 
 

@@ -19,10 +19,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ops.attention import HIDDEN, Places
 
-# Steps of a ring that are written out one after the other, which spares the copies of a loop's carry; each is a kernel
-# call in the program, so longer rings loop over this many.
-UNROLL = 8
-
 OUT, LSE = "attention_out", "attention_lse"  # for remat policies: kept, the backward runs no forward attention again
 
 
@@ -127,9 +123,9 @@ class _Ring(NamedTuple):
     def turn(self, at: Places, kv: Any, step: Callable, carry: Any) -> Any:
         """carry = step(carry, kv, whether it comes from a lower rank, its places) for all chunks but one's own.
 
-        The next keys are sent before these are used. The barrier keeps the compiler from computing all steps first and
-        then sending the sums of d_k and d_v with nothing beside it, and from keeping each step's keys of the forward
-        for the backward. Places come in one small gather ahead of the keys instead of a permute a step.
+        The next keys are sent before these are used. A loop, not written out: inside one turn the compiler sends
+        beside the products; left free, it computes all steps first and sends after them (docs/design/context.md).
+        Places come in one small gather ahead of the keys instead of a permute a step.
         """
         if self.size == 1:
             return carry
@@ -142,11 +138,10 @@ class _Ring(NamedTuple):
         def body(state, distance):
             carry, kv = state
             ahead = self.shift(kv)
-            return lax.optimization_barrier((use(carry, kv, distance), ahead)), None
+            return (use(carry, kv, distance), ahead), None
 
-        distances = jnp.arange(1, self.size - 1, dtype=jnp.int32)
-        unroll = max(1, min(UNROLL, self.size - 2))
-        (carry, kv), _ = lax.scan(body, (carry, self.shift(kv)), distances, unroll=unroll)
+        first = lax.optimization_barrier((carry, self.shift(kv)))  # one's own chunk is a turn, too
+        (carry, kv), _ = lax.scan(body, first, jnp.arange(1, self.size - 1, dtype=jnp.int32))
         return use(carry, kv, self.size - 1)
 
 
@@ -261,13 +256,15 @@ def _ring(how: _Ring, q, k, v, at: Places, late):
 def _ring_forward(how: _Ring, q, k, v, at: Places, late):
     forward = partial(how.kernel.forward, **how.rule(late))
 
+    def attend(mine, kv, k_at):
+        return _partial(forward(mine[0], *kv, mine[1], k_at))
+
     def step(found, kv, lower, k_at):
-        queries, (keys, their_places) = how.cut.queries((q, at), lower), how.cut.keys((kv, k_at), lower)
-        new = _partial(forward(queries[0], *keys, queries[1], their_places))
+        new = attend(how.cut.queries((q, at), lower), *how.cut.keys((kv, k_at), lower))
         return _join(found, how.cut.to_queries(new, lower, _join, NOTHING))
 
     with jax.named_scope("ring_forward"):
-        out, lse = how.turn(at, (k, v), step, _partial(forward(q, k, v, at, at)))
+        out, lse = how.turn(at, (k, v), step, attend((q, at), (k, v), at))
     out, lse = checkpoint_name(out.astype(q.dtype), OUT), checkpoint_name(jnp.swapaxes(lse, 1, 2), LSE)
     return out, (q, k, v, at, late, out, lse)
 
@@ -279,9 +276,9 @@ def _ring_backward(how: _Ring, residuals, d_out):
     mine = (q, out, jnp.swapaxes(lse, 1, 2), d_out, at)
     add = partial(jax.tree.map, jnp.add)
 
-    def gradients(queries, keys, k_at):
-        q, out, lse, d_out, q_at = queries
-        grads = backward(q, *keys, out, jnp.swapaxes(lse, 1, 2), d_out, q_at, k_at)
+    def gradients(mine, kv, k_at):
+        q, out, lse, d_out, q_at = mine
+        grads = backward(q, *kv, out, jnp.swapaxes(lse, 1, 2), d_out, q_at, k_at)
         d_q, *d_kv = (x.astype(jnp.float32) for x in grads)
         return d_q, tuple(d_kv)
 
