@@ -41,6 +41,7 @@ ROW = np.arange(T)
 WHOLE = places(ROW)
 DOCUMENTS = places([*range(100), *range(140), *range(16)], [1] * 100 + [2] * 140 + [0] * 16)
 ENDS, MIDDLE = places([*range(128), *range(384, 512)]), places(range(128, 384))  # two of ring attention's chunks
+MIXED = Places(*(jnp.stack([a[0], b[0]]) for a, b in zip(DOCUMENTS, WHOLE, strict=True)))  # rows of unequal visits
 STRANGERS = places(ROW, [7] * 150 + [1] * 106)  # the first 150 are of no document that the others know
 
 
@@ -89,6 +90,8 @@ def assert_equal(fast, slow, bound):
         pytest.param(WHOLE, WHOLE, 1, id="window of itself"),
         pytest.param(DOCUMENTS, DOCUMENTS, T, id="documents"),
         pytest.param(DOCUMENTS, DOCUMENTS, 40, id="documents, window"),
+        pytest.param(MIXED, MIXED, T, id="rows that differ"),
+        pytest.param(MIXED, WHOLE, T, id="a row that sees little"),
         pytest.param(places(ROW + T), WHOLE, 2 * T, id="keys of an earlier chunk"),
         pytest.param(ENDS, MIDDLE, 2 * T, id="keys between the queries"),
         pytest.param(MIDDLE, ENDS, 200, id="keys around the queries"),
