@@ -29,7 +29,7 @@ KEYS_AT_ONCE = 256  # in a step of the running softmax
 QUERY_BYTES = 2**20  # of a block of queries: more heads or wider ones make it shorter
 KEPT_BYTES = 2**24  # of float32 d_k and d_v of one head, which the backward kernel keeps in VMEM
 MOST_VISITS = 2**16  # scalar memory has room for no more; longer sequences make longer blocks of keys
-VMEM_BYTES = 48 * 2**20
+VMEM_BYTES = 24 * 2**20  # for all else
 TRANSPOSED, ACROSS, PLAIN = ((0,), (0,)), ((1,), (1,)), ((1,), (0,))  # products aᵀ b, a bᵀ and a b
 
 
@@ -142,6 +142,7 @@ def _backward(q, k, v, lse, delta, d_out, q_at, k_at, *, window, scale, softcap,
     k, v = _heads(k, K, block.keys), _heads(v, K, block.keys)
     rows = [_pad(rearrange(row, "B (K G) T -> B K G T", K=K), 3, block.queries) for row in (lse * LOG2_E, delta)]
     *_, keys, _ = k.shape
+    scratch = [_kept(N // K, H, block.queries), _kept(keys, H), _kept(keys, H)]
     d_q, d_k, d_v = pl.pallas_call(
         functools.partial(_backward_kernel, scale=scale, softcap=softcap),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -152,10 +153,10 @@ def _backward(q, k, v, lse, delta, d_out, q_at, k_at, *, window, scale, softcap,
                 *(spec.query_places, spec.key_places),
             ],
             out_specs=[spec.queries, spec.leaving_keys, spec.leaving_keys],
-            scratch_shapes=[_kept(N // K, H, block.queries), _kept(keys, H), _kept(keys, H)],
+            scratch_shapes=scratch,
         ),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)],
-        compiler_params=_compiler_params(),
+        compiler_params=_compiler_params(scratch),
         cost_estimate=_cost((q, q, q, k, k, v, v), pairs=B * N * T * S, products=5, H=H),
         name="attention_backward",
         interpret=interpret,
@@ -391,8 +392,12 @@ def _kept(*shape: int):
     return pltpu.VMEM(shape, jnp.float32)
 
 
-def _compiler_params() -> pltpu.CompilerParams:
-    return pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES)
+def _compiler_params(scratch=()) -> pltpu.CompilerParams:
+    """VMEM is asked for sparingly: the compiler has other uses for what is left."""
+    scratch_bytes = sum(4 * math.prod(x.shape[:-1]) * max(x.shape[-1], 128) for x in scratch)
+    return pltpu.CompilerParams(
+        dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES + scratch_bytes
+    )
 
 
 def _cost(arrays, *, pairs: int, products: int, H: int) -> pl.CostEstimate:
