@@ -26,8 +26,10 @@ HIDDEN = -1e38  # a logit that weighs nothing, even beside EMPTY
 LOG2_E = math.log2(math.e)
 HEADS_AT_ONCE = 2  # query heads in one stretch of the program; more are looped over
 KEYS_AT_ONCE = 256  # in a step of the running softmax
+QUERY_BYTES = 2**20  # of a block of queries: more heads or wider ones make it shorter
 KEPT_BYTES = 2**24  # of float32 d_k and d_v of one head, which the backward kernel keeps in VMEM
-VMEM_BYTES = 48 * 2**20
+MOST_VISITS = 2**16  # scalar memory has room for no more; longer sequences make longer blocks of keys
+VMEM_BYTES = 24 * 2**20  # for all else
 TRANSPOSED, ACROSS, PLAIN = ((0,), (0,)), ((1,), (1,)), ((1,), (0,))  # products aᵀ b, a bᵀ and a b
 
 
@@ -76,7 +78,7 @@ def forward(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """Attention of queries to keys, wherever both stand, and its log-sum-exp; 0 and -1e30 where nothing is seen."""
     (B, T, N, H), (_, S, K, _) = q.shape, k.shape
-    block, q_at, k_at = _fit(blocks, q_at, k_at)
+    block, q_at, k_at = _fit(blocks, q, k, q_at, k_at)
     visits = plan(q_at, k_at, window, queries=block.queries, keys=block.keys)
     spec = _specs(block, N // K, H)
     q, k, v = _heads(q, K, block.queries), _heads(k, K, block.keys), _heads(v, K, block.keys)
@@ -133,13 +135,14 @@ def backward(
 
 def _backward(q, k, v, lse, delta, d_out, q_at, k_at, *, window, scale, softcap, blocks, interpret):
     (B, T, N, H), (_, S, K, _) = q.shape, k.shape
-    block, q_at, k_at = _fit(blocks, q_at, k_at)
+    block, q_at, k_at = _fit(blocks, q, k, q_at, k_at)
     visits = plan(q_at, k_at, window, queries=block.queries, keys=block.keys)
     spec = _specs(block, N // K, H)
     q, d_out = _heads(q, K, block.queries), _heads(d_out, K, block.queries)
     k, v = _heads(k, K, block.keys), _heads(v, K, block.keys)
     rows = [_pad(rearrange(row, "B (K G) T -> B K G T", K=K), 3, block.queries) for row in (lse * LOG2_E, delta)]
     *_, keys, _ = k.shape
+    scratch = [_kept(N // K, H, block.queries), _kept(keys, H), _kept(keys, H)]
     d_q, d_k, d_v = pl.pallas_call(
         functools.partial(_backward_kernel, scale=scale, softcap=softcap),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -150,10 +153,10 @@ def _backward(q, k, v, lse, delta, d_out, q_at, k_at, *, window, scale, softcap,
                 *(spec.query_places, spec.key_places),
             ],
             out_specs=[spec.queries, spec.leaving_keys, spec.leaving_keys],
-            scratch_shapes=[_kept(N // K, H, block.queries), _kept(keys, H), _kept(keys, H)],
+            scratch_shapes=scratch,
         ),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)],
-        compiler_params=_compiler_params(),
+        compiler_params=_compiler_params(scratch),
         cost_estimate=_cost((q, q, q, k, k, v, v), pairs=B * N * T * S, products=5, H=H),
         name="attention_backward",
         interpret=interpret,
@@ -356,17 +359,20 @@ def _specs(block: Blocks, G: int, H: int) -> _Specs:
     )
 
 
-def _fit(blocks: Blocks, q_at: Places, k_at: Places) -> tuple[Blocks, Places, Places]:
+def _fit(blocks: Blocks, q, k, q_at: Places, k_at: Places) -> tuple[Blocks, Places, Places]:
     """Blocks in lanes of 128 that leave little over, and places for the rest, which see and are seen by nothing."""
 
     def fit(length, most):
         return -(-length // -(-length // most) // 128) * 128
 
-    (_, T), (_, S) = q_at.positions.shape, k_at.positions.shape
-    block = Blocks(fit(T, blocks.queries), fit(S, blocks.keys))
-    q_at = Places(_pad(q_at.positions, 1, block.queries), _pad(q_at.segments, 1, block.queries, -1))
-    k_at = Places(_pad(k_at.positions, 1, block.keys), _pad(k_at.segments, 1, block.keys, -2))
-    return block, q_at, k_at
+    (B, T, N, H), (_, S, K, _) = q.shape, k.shape
+    fitting = QUERY_BYTES // (N // K * max(H, 128) * q.dtype.itemsize) // 128 * 128
+    queries = fit(T, min(blocks.queries, max(128, fitting)))
+    most_keys = max(2, MOST_VISITS // (B * -(-T // queries)))
+    keys = fit(S, max(blocks.keys, -(-S // most_keys)))
+    q_at = Places(_pad(q_at.positions, 1, queries), _pad(q_at.segments, 1, queries, -1))
+    k_at = Places(_pad(k_at.positions, 1, keys), _pad(k_at.segments, 1, keys, -2))
+    return Blocks(queries, keys), q_at, k_at
 
 
 def _pad(x, dim: int, multiple: int, value: int = 0):
@@ -386,8 +392,12 @@ def _kept(*shape: int):
     return pltpu.VMEM(shape, jnp.float32)
 
 
-def _compiler_params() -> pltpu.CompilerParams:
-    return pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES)
+def _compiler_params(scratch=()) -> pltpu.CompilerParams:
+    """VMEM is asked for sparingly: the compiler has other uses for what is left."""
+    scratch_bytes = sum(4 * math.prod(x.shape[:-1]) * max(x.shape[-1], 128) for x in scratch)
+    return pltpu.CompilerParams(
+        dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES + scratch_bytes
+    )
 
 
 def _cost(arrays, *, pairs: int, products: int, H: int) -> pl.CostEstimate:
