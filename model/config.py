@@ -4,6 +4,9 @@ import dataclasses
 from typing import Literal
 
 LayerKind = Literal["global", "window"]
+Activation = Literal[
+    "query", "key", "value", "attention_out", "attention_lse", "middle", "ffn_gate", "ffn_up"
+]  # what a layer may keep, in the order in which it is made
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,10 +55,26 @@ class ModelConfig:
     attention_softcap: float | None = None  # attention logits become cap * tanh(logits / cap)
     final_softcap: float | None = None  # so do the output logits
     embed_scale: bool = False  # embeddings are multiplied by sqrt(D) (Gemma)
+    num_experts: int = 0  # E, experts of an FFN; 0 is a dense FFN
+    experts_per_token: int = 0  # A, experts that a token goes through
+    expert_ffn_dim: int = 0  # F of one expert
+    shared_ffn_dim: int = 0  # width of the experts that every token goes through
+    num_dense_layers: int = 0  # first layers, whose FFN is dense
+    router: Literal["softmax", "softmax_after", "sigmoid"] = "softmax"  # scores: over all, over the chosen, each alone
+    router_normalize: bool = True  # the chosen experts' weights sum to 1
+    router_scale: float = 1.0  # multiplies them
+    router_groups: int = 1  # groups of experts
+    router_top_groups: int = 1  # groups that a token's experts may come from
+    balance_loss: float = 0.0  # factor of the loss that spreads tokens over experts
+    router_z_loss: float = 0.0  # factor of the loss that keeps router logits small
+    router_bias_rate: float = 0.0  # of moving each expert's bias towards even load, a step
+    expert_capacity: float = 1.25  # rows of an exchange round / rows if spread evenly; more rounds run, none is dropped
     tied: bool = True  # the unembedding is the embedding table
     init_scale: float = 1.0  # multiplies the fan-in standard deviation of every initial matrix
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of matmuls; parameters stay float32
-    remat: Literal["none", "dots", "full"] = "none"  # what backward computes again: nothing, all but matmuls, all
+    remat: Literal["none", "dots", "minimal", "attention", "full"] = "none"  # what a layer keeps for backward: all … its input
+    remat_save: tuple[Activation, ...] = ()  # activations kept besides
+    remat_offload: tuple[Activation, ...] = ()  # activations kept in host memory
     scan_layers: bool = True  # one compiled layer looped L times (fast compile) rather than L copies
 
     def __post_init__(self):

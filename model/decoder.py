@@ -6,22 +6,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from model.attention import Attention
 from model.config import ModelConfig
-from model.layers import Embedding, FeedForward, Key, Norm, Rope, matrix, rope
+from model.layers import RESIDUAL, TOGETHER, Embedding, FeedForward, Key, Norm, Rope, matrix, names_of, rope
 from model.memory import Queries
 from ops.slabs import Slabs
-from parallel.sharding import einsum
+from model.remat import rematerialized
+from parallel.sharding import einsum, relaid, whole
 
 FOREVER = 2**30  # a window that hides nothing
 
-REMAT = {
-    "none": lambda f: f,
-    "dots": lambda f: jax.checkpoint(f, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
-    "full": jax.checkpoint,
-}
 
 
 class Surroundings(NamedTuple):
@@ -41,10 +38,11 @@ class Block(nnx.Module):
         self.attention_post_norm = Norm(config, config.embed_dim) if config.post_norms else nnx.data(None)
         self.ffn_post_norm = Norm(config, config.embed_dim) if config.post_norms else nnx.data(None)
 
-    def __call__(self, x: Float[Array, "B T D"], around: Surroundings, queries: Queries, memory):
+    def __call__(self, x: Float[Array, "B t D"], around: Surroundings, queries: Queries, memory):
         with jax.named_scope("attention"):
             y, memory = self.attention(self.attention_norm(x), around.rope, around.window, queries, memory)
             x = x + (y if self.attention_post_norm is None else self.attention_post_norm(y))
+            x = checkpoint_name(x, "middle")
         with jax.named_scope("ffn"):
             y = self.ffn(self.ffn_norm(x))
             return x + (y if self.ffn_post_norm is None else self.ffn_post_norm(y)), memory
@@ -75,10 +73,10 @@ class Decoder(nnx.Module):
     def __call__(self, tokens: Int[Array, "B T"], queries: Queries, memory) -> tuple[Float[Array, "B T D"], Any]:
         """-> hidden states after the final norm, and the memory with these tokens in it."""
         with jax.named_scope("embedding"):
-            x = self.embedding(tokens, queries.positions)
+            x = gathered(self.embedding)(tokens, queries.positions)
         run = _scanned if self.config.scan_layers else _unrolled
         x, memory = run(self.config, self.layers, x, queries, memory)
-        return self.norm(x), memory
+        return relaid(self.norm(x), RESIDUAL, TOGETHER), memory
 
     @property
     def unembedding(self) -> Float[Array, "V D"] | Slabs:
@@ -99,6 +97,15 @@ def output_logits(
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
+def gathered(module: nnx.Module) -> Any:
+    """The module with its parameters gathered over the axes that split tokens; the scatter of gradients is its twin."""
+    graphdef, state = nnx.split(module)
+    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
+    return nnx.merge(
+        graphdef, jax.tree.map(lambda leaf: leaf.replace(whole(leaf[...], names_of(leaf))), state, is_leaf=is_variable)
+    )
+
+
 def _surroundings(config: ModelConfig, queries: Queries) -> dict[str, Surroundings]:
     """For each kind of layer the config has."""
     if config.positions == "learned":
@@ -116,7 +123,7 @@ def _surroundings(config: ModelConfig, queries: Queries) -> dict[str, Surroundin
 def _unrolled(config: ModelConfig, layers, x, queries: Queries, memory):
     """L copies of the layer: slower to compile, no slicing of stacked weights."""
     around = _surroundings(config, queries)
-    block = REMAT[config.remat](lambda block, *rest: block(*rest))
+    block = rematerialized(lambda block, *rest: gathered(block)(*rest), config)
     after = []
     memories = memory if isinstance(memory, tuple) else (memory,) * config.num_layers
     for layer, kind, mine in zip(layers, config.layer_kinds, memories, strict=True):
@@ -133,14 +140,14 @@ def _scanned(config: ModelConfig, layers, x, queries: Queries, memory):
 
     def body(x, turn):
         state, mine, is_window = turn
-        block = nnx.merge(graphdef, state)
+        block = gathered(nnx.merge(graphdef, state))
         if len(around) == 1:
             (mine_around,) = around.values()
         else:
             mine_around = _choose(is_window, around["window"], around["global"])
         return block(x, mine_around, queries, mine)
 
-    return jax.lax.scan(REMAT[config.remat](body), x, (state, memory, is_window), length=config.num_layers)
+    return jax.lax.scan(rematerialized(body, config), x, (state, memory, is_window), length=config.num_layers)
 
 
 def _choose(is_window, window: Surroundings, everything: Surroundings) -> Surroundings:
