@@ -11,6 +11,7 @@ import ctypes
 import dataclasses
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -28,6 +29,9 @@ from parallel.config import HostsConfig
 ROOM = "meshlight"  # every key of ours begins so
 FOR_EVER = 2**31 - 1  # milliseconds: whoever waits for a lost process is ended by the watch
 PAUSES = (0.1, 3.0)  # seconds between two signs of life, at least and at most
+STATUS = re.compile(
+    "(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): "
+)  # of XLA
 WAY_OUT = "what is saved is whole: start all processes again and they go on from there"
 
 _watch: "Watch | None" = None  # over the other processes, where there are some
@@ -139,6 +143,8 @@ def _connect(config: HostsConfig) -> bool:
         return False
     where: dict[str, Any] = {}
     if not found:
+        if config.index == 0:
+            _check_port(config)
         where = {
             "coordinator_address": config.coordinator,
             "num_processes": config.count,
@@ -147,6 +153,7 @@ def _connect(config: HostsConfig) -> bool:
         }
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM; training/interruption.py has it
+    abort = _Abort(lambda: _refuse(_unmet(config, "nobody answered")))  # jax's client knows no other way to give up
     try:
         jax.distributed.initialize(
             **where,
@@ -158,23 +165,42 @@ def _connect(config: HostsConfig) -> bool:
         if found and config.coordinator != "auto" and "should be defined" in str(error):
             return False  # TPU chips, but nobody who would know of more than this host
         if not found:
-            raise OSError(_unmet(config, error)) from error
+            raise OSError(_unmet(config, _line(error))) from error
         raise OSError(
             f"the other processes were not found: {_line(error)}; give hosts.coordinator, hosts.count and hosts.index, "
             "or hosts.count=1 to run this one alone"
         ) from error
+    finally:
+        abort.restore()
     return True
 
 
-def _unmet(config: HostsConfig, error: Exception) -> str:
-    """Why the processes of explicit settings do not come together."""
+def _unmet(config: HostsConfig, reason: str) -> str:
+    """Why the processes do not come together."""
+    if config.coordinator in ("", "auto"):
+        return f"the other processes did not come within hosts.wait={config.wait} seconds; start all of them"
     who = f"process {config.index} of {config.count} at hosts.coordinator={config.coordinator}"
-    if "already in use" in str(error) or "Failed to add port" in str(error) or "Failed to start" in str(error):
-        return f"{who}: the port cannot be opened ({_line(error)}); take a free one, for all processes the same"
     return (
-        f"{who} did not meet the others within hosts.wait={config.wait} seconds ({_line(error)}); start all "
-        "processes with the same coordinator and count, each with its own index, and see that the port is reachable"
+        f"{who} did not meet the others within hosts.wait={config.wait} seconds ({reason}); start all processes with "
+        "the same coordinator and count, each with its own index, and see that the port is free there and reachable"
     )
+
+
+def _check_port(config: HostsConfig) -> None:
+    """Raise OSError where process 0 cannot listen at its port; jax's service would crash."""
+    try:
+        socket.create_server(("", int(config.coordinator.rpartition(":")[2]))).close()
+    except OSError as error:
+        raise OSError(
+            f"process 0 cannot listen at the port of hosts.coordinator={config.coordinator}: {error.strerror}; "
+            "give all processes another one"
+        ) from error
+
+
+def _refuse(line: str) -> None:
+    """End this process for what the user can mend."""
+    _say(f"error: {line}")
+    os._exit(2)
 
 
 def _line(error: BaseException) -> str:
@@ -226,9 +252,10 @@ class Watch:
 
     def leave(self, error: BaseException) -> None:
         """Say what went wrong here, tell the others, and end this process."""
-        mended = isinstance(error, ValueError | OSError) and not sys.flags.dev_mode
-        if isinstance(error, jax.errors.JaxRuntimeError):  # most likely another process's fault: it will be known
+        of_devices = isinstance(error, jax.errors.JaxRuntimeError) or STATUS.match(str(error)) is not None
+        if of_devices:  # most likely another process's fault: soon the thread knows, and ends this one
             time.sleep(self.timeout + 10 * self._pause)
+        mended = isinstance(error, ValueError | OSError) and not of_devices and not sys.flags.dev_mode
         with contextlib.suppress(Exception):
             self._tell(f"process {index()} ({self.host}) stopped: {_line(error)}")
         if mended:
