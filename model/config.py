@@ -72,9 +72,7 @@ class ModelConfig:
     tied: bool = True  # the unembedding is the embedding table
     init_scale: float = 1.0  # multiplies the fan-in standard deviation of every initial matrix
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of matmuls; parameters stay float32
-    remat: Literal["none", "dots", "minimal", "attention", "full"] = (
-        "none"  # what a layer keeps for backward: all … its input
-    )
+    remat: Literal["none", "dots", "minimal", "attention", "full"] = "none"  # what a layer keeps for backward: all … its input
     remat_save: tuple[Activation, ...] = ()  # activations kept besides
     remat_offload: tuple[Activation, ...] = ()  # activations kept in host memory
     scan_layers: bool = True  # one compiled layer looped L times (fast compile) rather than L copies

@@ -20,6 +20,7 @@ from parallel.sharding import einsum, relaid, whole
 FOREVER = 2**30  # a window that hides nothing
 
 
+
 class Surroundings(NamedTuple):
     """What differs between layers of two kinds: how positions turn and how far back a query sees."""
 

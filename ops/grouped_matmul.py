@@ -14,9 +14,7 @@ from jaxtyping import Array, Float, Int
 Kernel = Literal["plain", "pallas"]
 
 ROWS = 512  # of a tile; the kernels want a divisor of all rows
-WIDTH = (
-    1024  # of a tile's dims D and F; in `grouped_outer` half of it, since a float32 tile of the result stays in VMEM
-)
+WIDTH = 1024  # of a tile's dims D and F; in `grouped_outer` half of it, since a float32 tile of the result stays in VMEM
 LANES = 128  # of a TPU register: the smallest width of a tile that is not a whole dim
 
 

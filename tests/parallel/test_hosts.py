@@ -118,9 +118,9 @@ def test_those_that_wait_in_vain_say_so(tmp_path):
 def test_a_port_of_somebody_else_is_refused():
     with socket.create_server(("", 0)) as other:
         address = f"localhost:{other.getsockname()[1]}"
-        with pytest.raises(OSError, match=f"cannot listen at the port of hosts.coordinator={address}: Address already"):
-            with hosts.joined(HostsConfig(coordinator=address, count=2, index=0)):
-                pass
+        ours = hosts.joined(HostsConfig(coordinator=address, count=2, index=0))
+        with pytest.raises(OSError, match=f"cannot listen at the port of hosts.coordinator={address}: Address"), ours:
+            pass
 
 
 @pytest.mark.parametrize(
