@@ -124,7 +124,7 @@ def look_up(table: Float[Array, "V D"] | Slabs, tokens: Int[Array, "B T"]) -> Fl
         return table.take(tokens)
     mine, is_mine = my_rows(tokens, table)
     rows = jnp.take(place(table, ("vocab", None)), mine, axis=0)  # automatic: all-gather over fsdp before the look-up
-    return added(jnp.where(is_mine[..., None], rows, 0), "vocab", RESIDUAL) if manual_axes("vocab") else rows
+    return added(jnp.where(is_mine[..., None], rows, 0) if manual_axes("vocab") else rows, "vocab", RESIDUAL)
 
 
 def my_rows(ids: Int[Array, "..."], table: Float[Array, "V D"]) -> tuple[Int[Array, "..."], Bool[Array, "..."]]:

@@ -13,9 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from model.config import ModelConfig
 from model.experts import Execution, Weights, apply_experts
-from model.layers import FeedForward, Key, constant, matrix
-from ops.grouped_matmul import Kernel
-from parallel.sharding import manual_axes, place
+from model.layers import RESIDUAL, TOGETHER, FeedForward, Key, constant, matrix
+from parallel.sharding import added, manual_axes, num_copies, relaid
 
 
 class Aux(NamedTuple):
@@ -56,22 +55,24 @@ class MoE(nnx.Module):
         self.shared = FeedForward(wide, shared) if config.shared_ffn_dim else nnx.data(None)
 
     def __call__(
-        self, x: Float[Array, "B T D"], mask: Bool[Array, "B T"], *, kernel: Kernel = "plain"
-    ) -> tuple[Float[Array, "B T D"], Aux]:
-        """-> y, 0 from the experts where `mask` is False, and what the loss and the metrics need."""
+        self, stream: Float[Array, "B t D"], mask: Bool[Array, "B T"]
+    ) -> tuple[Float[Array, "B t D"], Aux]:
+        """-> y, 0 from the experts where `mask` is False, and what the loss and the metrics need.
+
+        `stream` and y are laid out as RESIDUAL.
+        """
+        x = relaid(stream, RESIDUAL, TOGETHER)
         E, A = self.config.num_experts, self.config.experts_per_token
         logits = jnp.einsum("BTD,DE->BTE", x, self.router[...].astype(x.dtype), preferred_element_type=jnp.float32)
         choice = choose(self.config, logits, None if self.router_bias is None else self.router_bias[...])
         chosen = jnp.where(mask[..., None], choice.chosen, E)  # padding goes nowhere
         weights = Weights(*(w[...].astype(x.dtype) for w in (self.gate, self.up, self.down)))
-        how = Execution(
-            E, self.config.activation, manual_axes("experts"), self.config.expert_capacity, kernel, "float32"
-        )
+        axes, kernel = manual_axes("experts"), "pallas" if self.config.kernels == "pallas" else "plain"
+        how = Execution(E, self.config.activation, axes, self.config.expert_capacity, kernel, "float32")
         flat = x.reshape(-1, x.shape[-1]), choice.gates.reshape(-1, A), chosen.reshape(-1, A)
         y = apply_experts(how, *flat, weights).reshape(x.shape)
-        y = jax.lax.psum(y, manual_axes("expert_ffn"))  # all-reduce over tensor of each device's part of F
-        y = place(y, ("batch", "seq", "act_embed"))
-        return y if self.shared is None else y + self.shared(x), _aux(logits, choice, mask)
+        y = added(y, "expert_ffn", RESIDUAL)
+        return y if self.shared is None else y + self.shared(stream), _aux(logits, choice, mask)
 
 
 def choose(config: ModelConfig, logits: Float[Array, "B T E"], bias: Float[Array, "E"] | None) -> Choice:
@@ -119,8 +120,7 @@ def _aux(logits: Float[Array, "B T E"], choice: Choice, mask: Bool[Array, "B T"]
     probability = choice.scores / (jnp.sum(choice.scores, axis=-1, keepdims=True) + 1e-20)
     balance = jnp.einsum("BTE,BE,BT->", probability, use, valid)
     router_z = jnp.sum(jnp.square(jax.nn.logsumexp(logits, axis=-1)) * valid)
-    copies = jax.lax.psum(1, manual_axes("expert_ffn"))  # devices over which F is split have the same tokens
-    return jax.tree.map(lambda total: total / copies, Aux(balance, router_z, jnp.sum(load, axis=0)))
+    return jax.tree.map(lambda total: total / num_copies(), Aux(balance, router_z, jnp.sum(load, axis=0)))
 
 
 def updated_bias(bias: Float[Array, "... E"], load: Float[Array, "... E"], rate: float) -> Float[Array, "... E"]:

@@ -19,9 +19,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ops.attention import HIDDEN, Places
 
-# Steps of a ring that are written out one after the other. Between steps that are, the compiler sends the next keys
-# while it computes with these; between turns of a loop it can't. Each costs a kernel call in the program, so longer
-# rings loop over this many.
+# Steps of a ring that are written out one after the other, which spares the copies of a loop's carry; each is a kernel
+# call in the program, so longer rings loop over this many.
 UNROLL = 8
 
 OUT, LSE = "attention_out", "attention_lse"  # for remat policies: kept, the backward runs no forward attention again
@@ -125,20 +124,30 @@ class _Ring(NamedTuple):
         """[B T ...] of every device, one after the other along T."""
         return jax.tree.map(lambda x: lax.all_gather(x, self.axes, axis=1, tiled=True), tree)
 
-    def turn(self, at: Places, step: Callable, carry: Any) -> Any:
-        """Call step(carry, whether the keys come from a lower rank, their places) for all chunks but one's own.
+    def turn(self, at: Places, kv: Any, step: Callable, carry: Any) -> Any:
+        """carry = step(carry, kv, whether it comes from a lower rank, its places) for all chunks but one's own.
 
-        Places travel in one small gather ahead of the keys instead of a permute a step.
+        The next keys are sent before these are used. The barrier keeps the compiler from computing all steps first and
+        then sending the sums of d_k and d_v with nothing beside it, and from keeping each step's keys of the forward
+        for the backward. Places come in one small gather ahead of the keys instead of a permute a step.
         """
-        everywhere = jax.tree.map(lambda x: lax.all_gather(x, self.axes), at)
-        rank = lax.axis_index(self.axes)
+        if self.size == 1:
+            return carry
+        everywhere, rank = lax.all_gather(jnp.stack(at), self.axes), lax.axis_index(self.axes)
 
-        def body(carry, distance):
+        def use(carry, kv, distance):
             source = lax.rem(rank + self.size - distance, self.size)
-            return step(carry, distance <= rank, jax.tree.map(lambda x: x[source], everywhere)), None
+            return step(carry, kv, distance <= rank, Places(*everywhere[source]))
 
-        distances = jnp.arange(1, self.size, dtype=jnp.int32)
-        return lax.scan(body, carry, distances, unroll=min(UNROLL, max(1, self.size - 1)))[0]
+        def body(state, distance):
+            carry, kv = state
+            ahead = self.shift(kv)
+            return lax.optimization_barrier((use(carry, kv, distance), ahead)), None
+
+        distances = jnp.arange(1, self.size - 1, dtype=jnp.int32)
+        unroll = max(1, min(UNROLL, self.size - 2))
+        (carry, kv), _ = lax.scan(body, (carry, self.shift(kv)), distances, unroll=unroll)
+        return use(carry, kv, self.size - 1)
 
 
 def _apart(window: Int[Array, ""] | int | None) -> tuple[int | None, Int[Array, ""] | None]:
@@ -252,15 +261,13 @@ def _ring(how: _Ring, q, k, v, at: Places, late):
 def _ring_forward(how: _Ring, q, k, v, at: Places, late):
     forward = partial(how.kernel.forward, **how.rule(late))
 
-    def step(carry, lower, k_at):
-        found, kv = carry
-        kv = how.shift(kv)
+    def step(found, kv, lower, k_at):
         queries, (keys, their_places) = how.cut.queries((q, at), lower), how.cut.keys((kv, k_at), lower)
         new = _partial(forward(queries[0], *keys, queries[1], their_places))
-        return _join(found, how.cut.to_queries(new, lower, _join, NOTHING)), kv
+        return _join(found, how.cut.to_queries(new, lower, _join, NOTHING))
 
     with jax.named_scope("ring_forward"):
-        (out, lse), _ = how.turn(at, step, (_partial(forward(q, k, v, at, at)), (k, v)))
+        out, lse = how.turn(at, (k, v), step, _partial(forward(q, k, v, at, at)))
     out, lse = checkpoint_name(out.astype(q.dtype), OUT), checkpoint_name(jnp.swapaxes(lse, 1, 2), LSE)
     return out, (q, k, v, at, late, out, lse)
 
@@ -278,15 +285,15 @@ def _ring_backward(how: _Ring, residuals, d_out):
         d_q, *d_kv = (x.astype(jnp.float32) for x in grads)
         return d_q, tuple(d_kv)
 
-    def step(carry, lower, k_at):
-        d_q, d_kv, kv = carry
-        d_kv, kv = how.shift((d_kv, kv))
+    def step(carry, kv, lower, k_at):
+        d_q, d_kv = carry
+        d_kv = how.shift(d_kv)
         new_q, new_kv = gradients(how.cut.queries(mine, lower), *how.cut.keys((kv, k_at), lower))
         new_q = how.cut.to_queries(new_q, lower, add, 0.0)
-        return add(d_q, new_q), add(d_kv, how.cut.to_keys(new_kv, lower, add, (0.0, 0.0))), kv
+        return add(d_q, new_q), add(d_kv, how.cut.to_keys(new_kv, lower, add, (0.0, 0.0)))
 
     with jax.named_scope("ring_backward"):
-        d_q, d_kv, _ = how.turn(at, step, (*gradients(mine, (k, v), at), (k, v)))
+        d_q, d_kv = how.turn(at, (k, v), step, gradients(mine, (k, v), at))
         d_k, d_v = how.shift(d_kv)
     return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None, None
 

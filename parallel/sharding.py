@@ -50,11 +50,6 @@ def use(mesh: Mesh, rules: AxisRules, *, manual: bool = False) -> Iterator[None]
         _LAYOUT.reset(token)
 
 
-def manual_axes(name: str) -> tuple[str, ...]:
-    """Mesh axes of size > 1 bound to a logical name inside a shard_map over the mesh, else none."""
-    return ()
-
-
 def _axes(bound: MeshAxes) -> tuple[str, ...]:
     """The axes of the mesh itself: `fsdp` is three of them."""
     named = () if bound is None else (bound,) if isinstance(bound, str) else bound
@@ -130,10 +125,9 @@ def einsum(
 
 def added(x: Float[Array, "..."], sums: str, out: Names) -> Float[Array, "..."]:
     """Partial sums over the devices that split the name `sums`, added up and laid out as `out`."""
-    layout = _LAYOUT.get()
-    axes = manual_axes(sums)
+    layout, axes = _LAYOUT.get(), manual_axes(sums)
     if layout is None or not axes:
-        return place(x, out)
+        return relaid(x, tuple("seq" if name == "residual_seq" else name for name in out), out)
     partition = spec(out, layout.rules, layout.mesh)
     for axis in axes:
         dims = [dim for dim, bound in enumerate(partition) if axis in _axes(bound)]
