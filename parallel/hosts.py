@@ -255,6 +255,8 @@ class Watch:
         of_devices = isinstance(error, jax.errors.JaxRuntimeError) or STATUS.match(str(error)) is not None
         if of_devices:  # most likely another process's fault: soon the thread knows, and ends this one
             time.sleep(self.timeout + 10 * self._pause)
+        if not self._last_word.acquire(blocking=False):
+            time.sleep(self.timeout)  # the thread is ending this process
         mended = isinstance(error, ValueError | OSError) and not of_devices and not sys.flags.dev_mode
         with contextlib.suppress(Exception):
             self._tell(f"process {index()} ({self.host}) stopped: {_line(error)}")
