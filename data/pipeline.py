@@ -17,7 +17,7 @@ from data.cache import TokenCache
 from data.corpus import Corpus, prepare
 from data.packing import Batch, Rows, cut, empty_batch, fill_rows, num_cuts, pad_rows, plan_rows
 
-__all__ = ["Batch", "Corpus", "TrainLoader", "get_ready", "prepare", "valid_batches"]
+__all__ = ["Batch", "Corpus", "TrainLoader", "import_grain", "prepare", "valid_batches"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -171,7 +171,7 @@ class TrainLoader:
             self._batches = None
 
 
-def get_ready() -> None:
+def import_grain() -> None:
     """Import what makes batches; before other threads import, since grain puts an import of its own into Python meanwhile.
 
     A thread that imports at that moment gets modules that are none: 'LazyModule' object is not callable.

@@ -229,7 +229,7 @@ def train(
     """
     cache_compilations()
     run_folder.check_same(config)
-    pipeline.get_ready()
+    pipeline.import_grain()
     with run_folder.held(folder), noted() as interruption, ThreadPoolExecutor(2) as pool:
         moved = run_folder.check_config(folder, config) if hosts.is_first() else {}
         preparing = pool.submit(pipeline.prepare, data, seed=seed)

@@ -117,8 +117,6 @@ def test_what_two_saved_one_goes_on_with(out, alone, pair):
     [
         (4, {"mesh__fsdp": 2}),
         (4, {"mesh__fsdp": 1, "mesh__tensor": 2, "mesh__data": 2}),
-        (2, {"mesh__fsdp": 1, "mesh__tensor": 4}),
-        (2, {"mesh__fsdp": 1, "mesh__context": 2, "mesh__data": 2}),
         (2, {"mesh__fsdp": 1, "mesh__context": 4}),
     ],
     ids=lambda value: " ".join(f"{k[6:]}={v}" for k, v in value.items()) if isinstance(value, dict) else str(value),
