@@ -172,9 +172,9 @@ class TrainLoader:
 
 
 def import_grain() -> None:
-    """Import what makes batches; before other threads import, since grain puts an import of its own into Python meanwhile.
+    """Import what makes batches, while no other thread imports anything.
 
-    A thread that imports at that moment gets modules that are none: 'LazyModule' object is not callable.
+    grain replaces Python's import meanwhile; others would get modules that fail ('LazyModule' object is not callable).
     """
     import grain  # noqa: F401
 
