@@ -137,7 +137,7 @@ def joined(config: HostsConfig) -> Iterator[None]:
 
 def _connect(config: HostsConfig) -> bool:
     """Meet the other processes; False where there are none. Raises ValueError or OSError in one line."""
-    on_tpu = "tpu" in (jax.config.jax_platforms or "").split(",")  # jax sets it where it finds TPU chips
+    on_tpu = "tpu" in (jax.config.values["jax_platforms"] or "").split(",")  # jax sets it where it finds TPU chips
     found = config.coordinator == "auto" or (on_tpu and not config.coordinator)
     if config.count == 1 or not (found or config.coordinator):
         return False

@@ -28,7 +28,7 @@ class Feed(NamedTuple):
     def rows(self) -> tuple[int, ...]:
         """Rows that this process's devices need, all columns of them; the same as another's where a row is shared."""
         places = self.sharding.addressable_devices_indices_map(self.shape).values()
-        ranges = {rows.indices(self.shape[0]) for rows, _ in places}
+        ranges = {place[0].indices(self.shape[0]) for place in places if place is not None}
         return tuple(sorted({row for bounds in ranges for row in range(*bounds)}))
 
     def place(self, batch: Batch) -> Batch:

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -30,7 +30,7 @@ from parallel.checkpoint import Checkpoint, Checkpoints
 from parallel.chips import peak_flops
 from parallel.compilation import cache_compilations
 from parallel.config import AxisRules, MeshConfig
-from parallel.mesh import make_mesh
+from parallel.mesh import AXES, FSDP, make_mesh
 from training import folder as run_folder
 from training import metrics
 from training.config import OptimConfig, TrainConfig
@@ -258,7 +258,7 @@ def train(
     return 0
 
 
-def say(*lines: str, file: TextIO | None = None) -> None:
+def say(*lines: str, file: Any = None) -> None:
     """Print lines, in the first of the processes alone."""
     if hosts.is_first():
         print(*lines, sep="\n", file=file, flush=True)
@@ -301,10 +301,12 @@ def check_prompt(prompt: str, corpus: pipeline.Corpus, model: ModelConfig) -> No
 def opening(task: Task, found: Checkpoint | None, moved: dict[str, tuple[Any, Any]]) -> Iterator[str]:
     """The first lines: what computes what, on which text, from where."""
     kind = task.mesh.devices.flat[0].device_kind
-    shape = " x ".join(f"{axis}={size}" for axis, size in task.mesh.shape.items())
-    several = f" of {hosts.count()} processes" if hosts.count() > 1 else ""
+    sizes = {axis: task.mesh.shape[axis] for axis in AXES if axis not in FSDP}
+    sizes |= {"fsdp": math.prod(task.mesh.shape[axis] for axis in FSDP)}
+    shape = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
     yield (
-        f"{task.mesh.size} {kind} device{'s' * (task.mesh.size > 1)}{several}, mesh {shape}, "
+        f"{task.mesh.size} {kind} device{'s' * (task.mesh.size > 1)}"
+        f"{f' of {hosts.count()} processes' * (hosts.count() > 1)}, {f'mesh {shape}, ' * bool(shape)}"
         f"{cost.num_parameters(task.model):,} parameters, {task.flops_per_token:,.0f} FLOPs a token"
     )
     yield from task.corpus.describe()
