@@ -50,6 +50,7 @@ def start(run: RunConfig) -> int:
 
     import training.loop
     from inference.config import SamplingConfig
+    from parallel import hosts
     from parallel.mesh import make_mesh
 
     def sample(model, parameters, tokenizer, *, prompt: str, num_tokens: int, seed: int) -> str:
@@ -61,19 +62,20 @@ def start(run: RunConfig) -> int:
             model, parameters, tokenizer, mesh, run.rules, prompt=prompt, num_tokens=num_tokens, sampling=how
         )
 
-    run.check_devices(jax.device_count())
-    return training.loop.train(
-        pathlib.Path(run.out) / run.name,
-        config=to_dict(run),
-        seed=run.seed,
-        model=run.model,
-        mesh=run.mesh,
-        rules=run.rules,
-        data=run.data,
-        optim=run.optim,
-        schedule=run.train,
-        sample=sample,
-    )
+    with hosts.joined(run.hosts):
+        run.check_devices(jax.device_count())
+        return training.loop.train(
+            pathlib.Path(run.out) / run.name,
+            config=to_dict(run),
+            seed=run.seed,
+            model=run.model,
+            mesh=run.mesh,
+            rules=run.rules,
+            data=run.data,
+            optim=run.optim,
+            schedule=run.train,
+            sample=sample,
+        )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import re
 
 from data.config import DataConfig
 from model.config import ModelConfig
-from parallel.config import AxisRules, MeshConfig
+from parallel.config import AxisRules, HostsConfig, MeshConfig
 from parallel.records import nearest
 from training.config import OptimConfig, TrainConfig
 
@@ -24,6 +24,7 @@ class RunConfig:
     model: ModelConfig
     mesh: MeshConfig = MeshConfig()
     rules: AxisRules = AxisRules()
+    hosts: HostsConfig = HostsConfig()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig

@@ -17,7 +17,7 @@ from data.cache import TokenCache
 from data.corpus import Corpus, prepare
 from data.packing import Batch, Rows, cut, empty_batch, fill_rows, num_cuts, pad_rows, plan_rows
 
-__all__ = ["Batch", "Corpus", "TrainLoader", "prepare", "valid_batches"]
+__all__ = ["Batch", "Corpus", "TrainLoader", "import_grain", "prepare", "valid_batches"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,12 +86,11 @@ def _train_rows(corpus: Corpus, *, length: int) -> tuple[PackedRows | StreamRows
 class _HostPart:
     """Reads one host's rows out of a batch of (source, example) numbers."""
 
-    rows: tuple[PackedRows | StreamRows, ...]
-    host_index: int
-    host_count: int
+    rows: tuple[PackedRows | StreamRows, ...]  # of each source
+    places: tuple[int, ...]  # in the batch
 
     def __call__(self, numbers: tuple[np.ndarray, np.ndarray]) -> Batch:
-        sources, examples = (np.split(column, self.host_count)[self.host_index] for column in numbers)
+        sources, examples = (column[list(self.places)] for column in numbers)
         if len(self.rows) == 1:
             return self.rows[0].read(examples.tolist())
         batch = empty_batch(len(examples), self.rows[0].length)
@@ -107,18 +106,12 @@ def _tag(source: int, example: int) -> tuple[int, int]:
 
 
 class TrainLoader:
-    """The batches of one host, step after step, without end."""
+    """The batches of one host, step after step, without end: of each its rows `part`, by default all."""
 
-    def __init__(
-        self, corpus: Corpus, *, batch_size: int, seq_len: int, host_index: int = 0, host_count: int = 1
-    ) -> None:
-        if batch_size % host_count:
-            raise ValueError(
-                f"train.batch_size={batch_size} is not a multiple of {host_count} hosts; each makes an equal part"
-            )
+    def __init__(self, corpus: Corpus, *, batch_size: int, seq_len: int, part: Sequence[int] | None = None) -> None:
         self._corpus, self._batch_size = corpus, batch_size
         self._rows = _train_rows(corpus, length=seq_len)
-        self._part = _HostPart(rows=self._rows, host_index=host_index, host_count=host_count)
+        self._part = _HostPart(rows=self._rows, places=tuple(range(batch_size) if part is None else part))
         self._identity = {"corpus": corpus.key, "packing": corpus.packing, "seq_len": seq_len, "seed": corpus.seed}
         self._example = 0  # the first of the next batch
         self._batches: Any = None  # grain's iterator from there on; made when first needed
@@ -178,6 +171,14 @@ class TrainLoader:
             self._batches = None
 
 
+def import_grain() -> None:
+    """Import what makes batches, while no other thread imports anything.
+
+    grain replaces Python's import meanwhile; others would get modules that fail ('LazyModule' object is not callable).
+    """
+    import grain  # noqa: F401
+
+
 def _shuffle(num_rows: int, seed: int) -> Any:
     """Example numbers without end: each epoch holds each of its rows once, in an order of its own."""
     import grain
@@ -194,8 +195,12 @@ def _let_grain_start_processes() -> None:
         flags.FLAGS.mark_as_parsed()
 
 
-def valid_batches(corpus: Corpus, batch_size: int, seq_len: int, limit: int = 0) -> list[Batch]:
+def valid_batches(
+    corpus: Corpus, batch_size: int, seq_len: int, limit: int = 0, part: Sequence[int] | None = None
+) -> list[Batch]:
     """Held-out batches: together they hold every held-out token once; `limit` keeps the first so many, 0 all.
+
+    A host gets its rows `part` of each, by default all.
 
     Rows are in a fixed random order, so that a few batches stand for all. The last batch is filled up with padding.
     """
@@ -207,7 +212,9 @@ def valid_batches(corpus: Corpus, batch_size: int, seq_len: int, limit: int = 0)
     places = [(source, row) for source, plan in enumerate(plans) for row in range(plan.num_rows)]
     places = [places[at] for at in np.random.default_rng(0).permutation(len(places))]
     groups = [places[at : at + batch_size] for at in range(0, len(places), batch_size)]
-    return [_read_group(plans, group, batch_size) for group in (groups[:limit] if limit else groups)]
+    whole = (_read_group(plans, group, batch_size) for group in (groups[:limit] if limit else groups))
+    rows = range(batch_size) if part is None else part
+    return [Batch._make(column[list(rows)] for column in batch) for batch in whole]
 
 
 def _read_group(plans: Sequence[PackedRows], group: Sequence[tuple[int, int]], batch_size: int) -> Batch:

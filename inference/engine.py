@@ -21,6 +21,7 @@ from inference.sampling import Knobs, knobs
 from inference.steps import CHUNK, Chunk, Cursor, Limits, Program, power_of_two
 from model.config import ModelConfig
 from model.parameters import Parameters
+from parallel import hosts
 from parallel.config import AxisRules
 
 PIECE = 512  # tokens of a prompt read at once, at most
@@ -184,7 +185,10 @@ class Answer:
 
 
 class Pace:
-    """Tokens a dispatch: from one on, doubled as long as a reader would not notice that they come together."""
+    """Tokens a dispatch: from one on, doubled as long as a reader would not notice that they come together.
+
+    Of several processes each has a clock of its own, and all must dispatch alike: they double without looking at it.
+    """
 
     def __init__(self):
         self.steps, self._last = 1, time.perf_counter()
@@ -192,7 +196,8 @@ class Pace:
     def saw(self, count: int) -> None:
         """A dispatch of `count` tokens has arrived."""
         now = time.perf_counter()
-        self.steps = min(CHUNK, 2 * count) if now - self._last < PATIENCE else max(1, count // 2)
+        is_quick = now - self._last < PATIENCE or hosts.count() > 1
+        self.steps = min(CHUNK, 2 * count) if is_quick else max(1, count // 2)
         self._last = now
 
 

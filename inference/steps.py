@@ -188,7 +188,7 @@ def first(
     choice = choose(logits, seen, none, knobs, num_tokens=program.num_tokens)
     cursor = advanced(Cursor(none, position - 1, none, limits.budget <= 0, seen), choice, limits)
     with use(program.mesh, program.rules):
-        return everywhere(cursor), Chunk(*columns(choice))
+        return everywhere(cursor), everywhere(Chunk(*columns(choice)))
 
 
 def advanced(cursor: Cursor, choice: Choice, limits: Limits) -> Cursor:
@@ -245,12 +245,12 @@ def decode(
         model = decoder(program.config, parameters)
         empty = Chunk(jnp.zeros((B, CHUNK), jnp.int32), jnp.zeros((B, CHUNK), jnp.float32))
         _, cursor, memory, chunk = jax.lax.while_loop(going, body, (jnp.int32(0), cursor, memory, empty))
-        return everywhere(cursor), memory, chunk
+        return everywhere(cursor), memory, everywhere(chunk)
 
 
-def everywhere(cursor: Cursor) -> Cursor:
-    """The cursor whole on every device: it is small, and the next step finds it where this one did."""
-    return jax.tree.map(lambda x: place(x, (None,) * x.ndim), cursor)
+def everywhere(small: Any) -> Any:
+    """Whole on every device: the next step finds a cursor where this one did, and every process reads a chunk."""
+    return jax.tree.map(lambda x: place(x, (None,) * x.ndim), small)
 
 
 def columns(choice: Choice) -> tuple[Int[Array, "B 1"], Float[Array, "B 1"]]:

@@ -4,6 +4,7 @@
     checkpoints/00000200/manifest.json  size and checksum of every file, shape of every array, the note; written last
 
 A folder is written as `00000200.partial` and renamed when it is whole. Whoever reads one checks every byte first.
+Several processes write and check together (parallel/hosts.py), each its part, in a folder that all of them see.
 Orbax is imported where it is needed: it costs a second that the first step should not wait for.
 """
 
@@ -22,6 +23,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from parallel import hosts
 
 FORMAT = 1  # of the manifest
 MANIFEST = "manifest.json"
@@ -45,7 +48,7 @@ class Checkpoints:
         self.folder, self.keep = folder, keep
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: concurrent.futures.Future | None = None
-        if is_first_host():
+        if hosts.is_first():
             for pattern in ("*.partial", "*.old"):
                 for path in folder.glob(pattern):
                     shutil.rmtree(path)
@@ -56,7 +59,7 @@ class Checkpoints:
         arrays, path = named(tree), self.folder / f"{step:08d}"
         partial = path.with_suffix(".partial")
         with plain_errors(path):
-            if is_first_host():
+            if hosts.is_first():
                 check_room(self.folder, sum(array.nbytes for array in arrays.values()))
                 partial.mkdir(parents=True)
             ocp = _orbax()
@@ -71,13 +74,14 @@ class Checkpoints:
             pending.result()
 
     def _commit(self, path: pathlib.Path, about: dict[str, Any]) -> None:
-        """Wait for the arrays, write the manifest, rename: from then on the checkpoint exists."""
+        """Wait for every process's arrays, write the manifest, rename: from then on the checkpoint exists."""
         partial, old = path.with_suffix(".partial"), path.with_suffix(".old")
         with plain_errors(path):
             _writer().wait_until_finished()
-            if not is_first_host():
+            files = fingerprints(partial)
+            if not hosts.is_first():
                 return
-            write_manifest(partial, about)
+            write_manifest(partial, {**about, "files": files})
             if path.exists():
                 path.rename(old)
             partial.rename(path)
@@ -96,14 +100,20 @@ class Checkpoints:
 def newest(folder: pathlib.Path, report: Callable[[str], None]) -> Checkpoint | None:
     """The newest whole checkpoint, or None where there is none at all. Each damaged one is reported in one line.
 
-    Raises ValueError where all are damaged.
+    All processes ask together, each reads its part of the files, and all get the same answer. Raises ValueError where
+    all are damaged.
     """
-    paths = written(folder)
+    paths = [folder / name for name in hosts.agreed("checkpoints", [path.name for path in written(folder)])]
     for path in reversed(paths):
+        found, problem = None, None
         try:
-            return verified(path)
+            found = verified(path, part=(hosts.index(), hosts.count()))
         except (ValueError, OSError) as error:
-            report(f"checkpoint {path} is damaged ({error}); taking the one before it")
+            problem = str(error)
+        problem = hosts.first_problem("checkpoint", problem)
+        if problem is None:
+            return found
+        report(f"checkpoint {path} is damaged ({problem}); taking the one before it")
     if paths:
         raise ValueError(
             f"none of the {len(paths)} checkpoints in {folder} is whole; "
@@ -126,7 +136,7 @@ def load(checkpoint: Checkpoint, abstract: Any) -> Any:
                 "use the config that the checkpoint was trained with"
             )
     ocp = _orbax()
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     wanted = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or here)
         for name, leaf in wanted.items()
@@ -174,10 +184,24 @@ def _key_data(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(plain.shape, plain.dtype, sharding=leaf.sharding)
 
 
+def fingerprints(folder: pathlib.Path) -> dict[str, list]:
+    """Size and checksum of every file below `folder`, for process 0; each process reads and pushes to disk its part."""
+    hosts.barrier("arrays")  # from here on every process's files are there, by their last names
+    paths = _files(folder)[hosts.index() :: hosts.count()]
+    mine = {str(path.relative_to(folder)): _fingerprint(path, push=True) for path in paths}
+    files: dict[str, list] = {}
+
+    def join(parts: list[dict[str, list]]) -> None:
+        for part in parts:
+            files.update(part)
+
+    hosts.combined("fingerprints", mine, join)
+    return files
+
+
 def write_manifest(folder: pathlib.Path, about: dict[str, Any]) -> None:
-    """List every file of `folder` with size and checksum, and push all of it to the disk."""
-    files = {str(path.relative_to(folder)): _fingerprint(path, push=True) for path in _files(folder)}
-    text = json.dumps({"format": FORMAT, **about, "files": files})
+    """Write what `folder` holds into it and push all names to the disk."""
+    text = json.dumps({"format": FORMAT, **about})
     with open(folder / MANIFEST, "w") as file:
         file.write(f"{text}\n{zlib.crc32(text.encode()):08x}\n")
         file.flush()
@@ -186,8 +210,11 @@ def write_manifest(folder: pathlib.Path, about: dict[str, Any]) -> None:
         _sync(path)
 
 
-def verified(path: pathlib.Path) -> Checkpoint:
-    """The checkpoint at `path`; ValueError or OSError names the first file that is not as it was written."""
+def verified(path: pathlib.Path, part: tuple[int, int] = (0, 1)) -> Checkpoint:
+    """The checkpoint at `path`; ValueError or OSError names the first file that is not as it was written.
+
+    `part` (2, 4) reads but the third of four parts of its files.
+    """
     if not (path / MANIFEST).is_file():
         raise ValueError(f"{MANIFEST} is missing")
     text, _, check = (path / MANIFEST).read_text(errors="replace").partition("\n")
@@ -196,7 +223,8 @@ def verified(path: pathlib.Path) -> Checkpoint:
     about = json.loads(text)
     if about["format"] != FORMAT:
         raise ValueError(f"{MANIFEST} has format {about['format']}, this version reads {FORMAT}")
-    for name, (size, checksum) in about["files"].items():
+    start, stride = part
+    for name, (size, checksum) in list(about["files"].items())[start::stride]:
         if not (path / name).is_file():
             raise ValueError(f"{name} is missing")
         if (path / name).stat().st_size != size:
@@ -231,11 +259,6 @@ def plain_errors(path: pathlib.Path) -> Iterator[None]:
             f"checkpoint {path} was not written: {reason}; the checkpoints before it are whole: "
             "make room or grant write access, then give the same command again"
         ) from error
-
-
-def is_first_host() -> bool:
-    """Whether this process is the one that names, renames and removes."""
-    return jax.process_index() == 0
 
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:

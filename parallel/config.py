@@ -1,6 +1,7 @@
-"""How many devices split what: the mesh's shape and the table from logical names to mesh axes. Imports no jax."""
+"""How many devices split what, and which processes hold them: mesh, axis rules, hosts. Imports no jax."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 from parallel.records import require
@@ -81,3 +82,58 @@ class ExecutionConfig:
             raise ValueError(
                 f"execution.repeats={self.repeats} does not go with execution.pipeline=1f1b; take circular, or repeats=1"
             )
+
+
+# What launchers set, by the names that JAX's own documentation uses.
+ENVIRONMENT = {"coordinator": "JAX_COORDINATOR_ADDRESS", "count": "JAX_NUM_PROCESSES", "index": "JAX_PROCESS_ID"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HostsConfig:
+    """Processes that run as one. Nothing set: all that Cloud TPU knows of, elsewhere this one alone (docs/hosts.md)."""
+
+    coordinator: str = ""  # HOST:PORT where process 0 listens ($JAX_COORDINATOR_ADDRESS); auto: as Slurm, MPI, TPU say
+    count: int = 0  # processes ($JAX_NUM_PROCESSES); 1: this one alone, also on a TPU
+    index: int = -1  # this process's number, from 0 ($JAX_PROCESS_ID)
+    devices: int = 0  # virtual CPU devices of this process, to try meshes out; 0: as jax decides
+    wait: int = 300  # seconds to wait for the others at the start
+    timeout: int = 60  # seconds without a sign of life after which a process counts as gone
+
+    def __post_init__(self):
+        for name, low in (("count", 0), ("index", -1), ("devices", 0), ("wait", 1), ("timeout", 2)):
+            if getattr(self, name) < low:
+                raise ValueError(f"hosts.{name}={getattr(self, name)} must be at least {low}")
+        host, colon, port = self.coordinator.rpartition(":")
+        if self.coordinator not in ("", "auto") and not (host and colon and port.isdecimal() and int(port) < 65536):
+            raise ValueError(
+                f"hosts.coordinator={self.coordinator} must be HOST:PORT of process 0, as 10.0.0.2:8476, or auto"
+            )
+        if self.count and self.index >= self.count:
+            raise ValueError(
+                f"hosts.index={self.index} must be below hosts.count={self.count}: processes are numbered from 0"
+            )
+
+    def with_environment(self, environment: Mapping[str, str]) -> "HostsConfig":
+        """What is not set taken from a launcher's variables, and checked as a whole. ValueError where both differ."""
+        unset, given = HostsConfig(), {}
+        for name, variable in ENVIRONMENT.items():
+            text, value = environment.get(variable, "").strip(), getattr(self, name)
+            if not text:
+                continue
+            if name != "coordinator" and not text.isdecimal():
+                raise ValueError(f"{variable}={text} must be a whole number; it stands for hosts.{name}")
+            found = text if name == "coordinator" else int(text)
+            if value not in (getattr(unset, name), found):
+                raise ValueError(f"hosts.{name}={value} but {variable}={text}; say one of them, or both alike")
+            given[name] = found
+        whole = dataclasses.replace(self, **given)
+        if whole.count == 1 or whole.coordinator == "auto":
+            return whole
+        if any(getattr(whole, name) != getattr(unset, name) for name in ENVIRONMENT):
+            for name in ENVIRONMENT:
+                if getattr(whole, name) == getattr(unset, name):
+                    raise ValueError(
+                        f"hosts.{name} is missing: several processes need all of hosts.coordinator, hosts.count and "
+                        f"hosts.index (or {', '.join(ENVIRONMENT.values())}); hosts.count=1 runs one alone"
+                    )
+        return whole

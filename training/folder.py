@@ -4,7 +4,9 @@ runs/<name>/config.json     the resolved config
 runs/<name>/tokenizer …     what the model's tokens mean
 runs/<name>/metrics.jsonl, events/, loss.png, samples.txt
 runs/<name>/checkpoints/    see parallel/checkpoint.py
-runs/<name>/lock            held by the process that trains
+runs/<name>/lock            held by the process that trains; of several by the first, which alone writes here
+
+Several processes see one folder: a checkpoint is of all of them.
 """
 
 import contextlib
@@ -13,11 +15,16 @@ import fcntl
 import json
 import os
 import pathlib
+import secrets
+import time
 from collections.abc import Iterator
 from typing import Any
 
+from parallel import hosts
+
 # Where and how fast a run computes, not what: these may change between the parts of a run.
-FREE = ("name", "out", "mesh", "rules", "data.workers", "data.prefetch", "data.cache_dir")
+FREE = ("name", "out", "mesh", "rules", "hosts", "data.workers", "data.prefetch", "data.cache_dir")
+SHARED_SECONDS = 30.0  # until what one process wrote must show on every other
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)  # a disk that takes no more
 
 
@@ -27,17 +34,11 @@ def held(folder: pathlib.Path) -> Iterator[None]:
 
     Raises ValueError where it is something else or held already, OSError where it cannot be written, now or later.
     """
-    if folder.exists() and not (folder / "config.json").exists() and any(p.name != "lock" for p in folder.iterdir()):
-        raise ValueError(f"{folder} exists and is no run (it has no config.json); give another name=NAME or out=DIR")
+    lock = _opened(folder) if hosts.is_first() else None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise OSError(
-            f"the run folder {folder} cannot be written: {error.strerror}; grant write access or give another out=DIR"
-        ) from error
-    try:
-        _lock(lock, folder)
+        if lock is not None:
+            _lock(lock, folder)
+        _check_shared(folder, lock)
         yield
     except OSError as error:
         if error.errno not in FULL:
@@ -47,7 +48,50 @@ def held(folder: pathlib.Path) -> Iterator[None]:
             "make room or grant write access, then give the same command again"
         ) from error
     finally:
-        os.close(lock)
+        if lock is not None:
+            os.close(lock)
+
+
+def _opened(folder: pathlib.Path) -> int:
+    """The lock file of the folder, both made where there are none."""
+    if folder.exists() and not (folder / "config.json").exists() and any(p.name != "lock" for p in folder.iterdir()):
+        raise ValueError(f"{folder} exists and is no run (it has no config.json); give another name=NAME or out=DIR")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise OSError(
+            f"the run folder {folder} cannot be written: {error.strerror}; grant write access or give another out=DIR"
+        ) from error
+
+
+def _check_shared(folder: pathlib.Path, lock: int | None) -> None:
+    """Raise ValueError where this process sees another folder of that name than the first process."""
+    if hosts.count() == 1:
+        return
+    word = secrets.token_hex(16)
+    if lock is not None:
+        os.pwrite(lock, word.encode(), 0)
+        os.fsync(lock)
+    word, end = hosts.agreed("folder", word), time.monotonic() + SHARED_SECONDS
+    while not (folder / "lock").exists() or (folder / "lock").read_text() != word:
+        if time.monotonic() > end:
+            raise ValueError(
+                f"process {hosts.index()} does not see the run folder {folder} of process 0; "
+                "give an out=DIR that all hosts share (NFS, a mounted bucket)"
+            )
+        time.sleep(0.2)
+
+
+def check_same(config: dict[str, Any]) -> None:
+    """Raise ValueError where this process was started with another config than the first one."""
+    changed = differences(hosts.agreed("config", config), json.loads(json.dumps(config)))
+    other = [f"{key} is {there} there and {here} here" for key, (there, here) in changed.items() if key[:6] != "hosts."]
+    if other:
+        raise ValueError(
+            f"process {hosts.index()} was started with another config than process 0: {other[0]}"
+            f"{f' (and {len(other) - 1} more)' * (len(other) > 1)}; start all with the same, save hosts.index"
+        )
 
 
 def _lock(descriptor: int, folder: pathlib.Path) -> None:

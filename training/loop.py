@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from data import pipeline
@@ -26,17 +25,18 @@ from data.packing import Batch
 from model import cost
 from model.config import ModelConfig
 from model.parameters import abstract
-from parallel import checkpoint
+from parallel import checkpoint, hosts
 from parallel.checkpoint import Checkpoint, Checkpoints
 from parallel.chips import peak_flops
 from parallel.compilation import cache_compilations
 from parallel.config import AxisRules, MeshConfig
-from parallel.mesh import make_mesh
+from parallel.mesh import AXES, FSDP, make_mesh
 from training import folder as run_folder
 from training import metrics
 from training.config import OptimConfig, TrainConfig
+from training.feed import Feed, Loaded
 from training.interruption import Interruption, noted
-from training.progress import Progress
+from training.journal import Journal
 from training.state import TrainState, abstract_state, create_state
 from training.step import Steps, make_steps
 
@@ -58,6 +58,11 @@ class Task(NamedTuple):
     sample: SampleFn | None
 
     @property
+    def feed(self) -> Feed:
+        """How its batches lie on the devices."""
+        return Feed(self.steps.batch, (self.schedule.batch_size, self.schedule.seq_len))
+
+    @property
     def flops_per_token(self) -> float:
         """Of the model, forward and backward."""
         return cost.train_flops(self.model, self.schedule.seq_len)
@@ -70,14 +75,6 @@ class Task(NamedTuple):
         return self.sample(
             self.model, parameters, self.corpus.tokenizer, prompt=prompt, num_tokens=num_tokens, seed=self.seed
         )
-
-
-class Loaded(NamedTuple):
-    """A batch on its devices."""
-
-    batch: Batch
-    cursor: dict[str, Any]  # where the loader stands after it
-    data_wait: float  # seconds
 
 
 class Start(NamedTuple):
@@ -103,9 +100,9 @@ class Loop:
     def __init__(self, task: Task, start: Start):
         self.task = task
         self.step, self.state, self.loader, self._next = start
-        self.log = metrics.MetricsLog(task.folder)
+        self.journal = Journal(task.folder, start=start.step, steps=task.schedule.steps) if hosts.is_first() else None
         self.checkpoints = Checkpoints(task.folder / "checkpoints", keep=task.schedule.keep)
-        self.progress = Progress(start=self.step, steps=task.schedule.steps)
+        self.stop_reason: str | None = None  # the signal that ended it before its last step
         self._saved, self._cursor = self.step, {}
         self._running: Running | None = None
         self._began = 0.0  # when the devices began the step that runs
@@ -113,7 +110,10 @@ class Loop:
     def run(self, interruption: Interruption, *, once_started: Callable[[], object]) -> None:
         """Step, evaluate and save as scheduled until the last step, or until interrupted; then save."""
         schedule, first = self.task.schedule, self.step + 1
-        while self.step < schedule.steps and not interruption.name:
+        while self.step < schedule.steps:
+            self.stop_reason = hosts.stop_reason(self.step, lambda: interruption.name)
+            if self.stop_reason:
+                break
             self.advance()
             if self.step == first:
                 self.settle()  # the devices are idle once, so that peak_flops can measure them
@@ -134,7 +134,7 @@ class Loop:
             self.state, values = self.task.steps.train(self.state, loaded.batch)
         self.step += 1
         self._running, self._cursor = Running(self.step, values, loaded.data_wait), loaded.cursor
-        self._next = load(self.task, self.loader)
+        self._next = self.task.feed.load(self.loader)
         if before is not None:
             self._report(before)
 
@@ -149,15 +149,13 @@ class Loop:
         self.settle()
         task = self.task
         parameters = self.state.parameters if self.state.ema is None else self.state.ema
-        parts = jax.device_get([task.steps.evaluate(parameters, place(task, batch)) for batch in self.valid])
+        parts = jax.device_get([task.steps.evaluate(parameters, task.feed.place(batch)) for batch in self.valid])
         nll, tokens = (math.fsum(float(part[name]) for part in parts) for name in ("nll", "tokens"))
-        if tokens:
-            self.log.write({"step": self.step, "eval_loss": nll / tokens})
-            self.progress.say(f"step {self.step}/{task.schedule.steps}  eval loss {nll / tokens:.4f}")
-        text = task.write_text(parameters)
-        if text is not None:
-            with open(task.folder / "samples.txt", "a", encoding="utf-8") as file:
-                file.write(f"=== step {self.step}\n{task.schedule.sample_prompt}{text}\n\n")
+        if tokens and self.journal:
+            self.journal.evaluated(self.step, nll / tokens)
+        text = task.write_text(parameters)  # by all devices together
+        if text is not None and self.journal:
+            self.journal.wrote(self.step, task.schedule.sample_prompt + text)
 
     def save(self) -> None:
         """Write a checkpoint of this step in the background, where there is none yet."""
@@ -169,20 +167,20 @@ class Loop:
 
     def close(self) -> None:
         """Let go of the files and the loader."""
-        self.progress.close()
-        self.log.close()
+        if self.journal:
+            self.journal.close()
         self.loader.close()
 
     @functools.cached_property
     def valid(self) -> list[Batch]:
-        """The validation text."""
-        schedule = self.task.schedule
-        return pipeline.valid_batches(self.task.corpus, schedule.batch_size, schedule.seq_len, schedule.eval_batches)
+        """The validation text, this process's rows of it."""
+        (batch_size, seq_len), part = self.task.feed.shape, self.task.feed.rows()
+        return pipeline.valid_batches(self.task.corpus, batch_size, seq_len, self.task.schedule.eval_batches, part)
 
     @functools.cached_property
     def _peak(self) -> float:
-        """FLOP/s of all devices at best."""
-        return sum(map(peak_flops, self.task.mesh.devices.flat))
+        """FLOP/s of all devices at best: they are alike, and one of them is asked."""
+        return self.task.mesh.size * peak_flops(self.task.mesh.local_devices[0])
 
     def _report(self, running: Running) -> None:
         """Wait for a step, then tell of it. Raises ValueError where too many in a row were not finite."""
@@ -201,8 +199,8 @@ class Loop:
             "tokens": int(values["tokens"]),
             "skipped": skipped,
         }
-        self.log.write(record)
-        self.progress.step(record, seconds)
+        if self.journal:
+            self.journal.step(record, seconds)
         if skipped >= self.task.schedule.max_skipped:
             raise ValueError(
                 f"loss or gradients were not finite in {skipped} steps in a row, {running.step - skipped + 1} to "
@@ -230,29 +228,49 @@ def train(
     with model.vocab_size resolved, and what is there already is only continued with the same.
     """
     cache_compilations()
+    run_folder.check_same(config)
+    pipeline.import_grain()
     with run_folder.held(folder), noted() as interruption, ThreadPoolExecutor(2) as pool:
-        moved = run_folder.check_config(folder, config)
+        moved = run_folder.check_config(folder, config) if hosts.is_first() else {}
         preparing = pool.submit(pipeline.prepare, data, seed=seed)
-        found = checkpoint.newest(folder / "checkpoints", lambda line: print(line, file=sys.stderr))
+        found = checkpoint.newest(folder / "checkpoints", lambda line: say(line, file=sys.stderr))
         if found is not None and found.step == schedule.steps:
-            print(f"{folder} is finished: all {found.step} steps are done; give name=NAME for a new run")
+            say(f"{folder} is finished: all {found.step} steps are done; give name=NAME for a new run")
             return 0
         grid, corpus = make_mesh(mesh), preparing.result()
+        check_corpus(corpus)
         model = with_vocabulary(model, corpus.tokenizer.vocab_size)
         if sample is not None and schedule.sample_tokens:
             check_prompt(schedule.sample_prompt, corpus, model)
         config = {**config, "model": {**config["model"], "vocab_size": model.vocab_size}}
         steps = make_steps(model, optim, schedule, grid, rules)
         task = Task(folder, config, seed, model, schedule, grid, steps, corpus, sample)
-        print(*opening(task, found, moved), sep="\n", flush=True)
+        say(*opening(task, found, moved))
         start = made_start(task, found, rules, optim, pool)
-        corpus.tokenizer.save(folder / "tokenizer")
-        run_folder.write(folder / "config.json", json.dumps(config, indent=2))
+        if hosts.is_first():
+            corpus.tokenizer.save(folder / "tokenizer")
+            run_folder.write(folder / "config.json", json.dumps(config, indent=2))
         with contextlib.closing(Loop(task, start)) as loop:
             loop.run(interruption, once_started=lambda: pool.submit(get_ready, loop))
-        metrics.plot(folder)
-        print(ending(loop, interruption))
+        if hosts.is_first():
+            metrics.plot(folder)
+        say(ending(loop))
     return 0
+
+
+def say(*lines: str, file: Any = None) -> None:
+    """Print lines, in the first of the processes alone."""
+    if hosts.is_first():
+        print(*lines, sep="\n", file=file, flush=True)
+
+
+def check_corpus(corpus: pipeline.Corpus) -> None:
+    """Raise ValueError where this process has read another text than the first one."""
+    if hosts.agreed("corpus", corpus.key) != corpus.key:
+        raise ValueError(
+            f"process {hosts.index()} reads another text than process 0 from data.path; "
+            "give all hosts the same files, or a folder that they share"
+        )
 
 
 def with_vocabulary(model: ModelConfig, num_tokens: int) -> ModelConfig:
@@ -283,15 +301,19 @@ def check_prompt(prompt: str, corpus: pipeline.Corpus, model: ModelConfig) -> No
 def opening(task: Task, found: Checkpoint | None, moved: dict[str, tuple[Any, Any]]) -> Iterator[str]:
     """The first lines: what computes what, on which text, from where."""
     kind = task.mesh.devices.flat[0].device_kind
-    shape = " x ".join(f"{axis}={size}" for axis, size in task.mesh.shape.items())
+    sizes = {axis: task.mesh.shape[axis] for axis in AXES if axis not in FSDP}
+    sizes |= {"fsdp": math.prod(task.mesh.shape[axis] for axis in FSDP)}
+    shape = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
     yield (
-        f"{task.mesh.size} {kind} device{'s' * (task.mesh.size > 1)}, mesh {shape}, "
+        f"{task.mesh.size} {kind} device{'s' * (task.mesh.size > 1)}"
+        f"{f' of {hosts.count()} processes' * (hosts.count() > 1)}, {f'mesh {shape}, ' * bool(shape)}"
         f"{cost.num_parameters(task.model):,} parameters, {task.flops_per_token:,.0f} FLOPs a token"
     )
     yield from task.corpus.describe()
     if found is not None:
         yield f"going on after step {found.step} of {task.schedule.steps}, from {found.path}"
-    changes = [f"{key} was {old} and is {new}" for key, (old, new) in moved.items() if key not in ("name", "out")]
+    told = {key: pair for key, pair in moved.items() if key not in ("name", "out") and key[:6] != "hosts."}
+    changes = [f"{key} was {old} and is {new}" for key, (old, new) in told.items()]
     if changes:
         yield f"{', '.join(changes)}: the batches stay the same, sums may be rounded differently"
 
@@ -306,43 +328,22 @@ def made_start(
         abstract_state(task.model, steps.optimizer, ema=ema),
         steps.state,
     )
-    compiling = pool.submit(lambda: steps.train.lower(shapes, batch_shapes(task)).compile())
+    compiling = pool.submit(lambda: steps.train.lower(shapes, task.feed.abstract()).compile())
     loader = pipeline.TrainLoader(
         task.corpus,
         batch_size=task.schedule.batch_size,
         seq_len=task.schedule.seq_len,
-        host_index=jax.process_index(),
-        host_count=jax.process_count(),
+        part=task.feed.rows(),
     )
     if found is not None:
         loader.restore(found.note["cursor"])
-    loading = pool.submit(load, task, loader)
+    loading = pool.submit(task.feed.load, loader)
     if found is None:
         state = create_state(task.model, steps.optimizer, task.mesh, rules, ema=ema, seed=task.seed)
     else:
         state = checkpoint.load(found, shapes)
     compiling.result()
     return Start(0 if found is None else found.step, state, loader, loading.result()._replace(data_wait=0.0))
-
-
-def load(task: Task, loader: pipeline.TrainLoader) -> Loaded:
-    """The next batch, on its way to the devices."""
-    start = time.perf_counter()
-    batch = next(loader)
-    data_wait = time.perf_counter() - start
-    return Loaded(place(task, batch), loader.state(), data_wait)
-
-
-def place(task: Task, batch: Batch) -> Batch:
-    """This host's rows as its part of the whole batch."""
-    return Batch._make(jax.make_array_from_process_local_data(task.steps.batch, rows) for rows in batch)
-
-
-def batch_shapes(task: Task) -> Batch:
-    """A batch without its numbers, over all hosts."""
-    shape = (task.schedule.batch_size, task.schedule.seq_len)
-    types = [jnp.float32 if name == "mask" else jnp.int32 for name in Batch._fields]
-    return Batch._make(jax.ShapeDtypeStruct(shape, dtype, sharding=task.steps.batch) for dtype in types)
 
 
 def get_ready(loop: Loop) -> None:
@@ -353,16 +354,17 @@ def get_ready(loop: Loop) -> None:
         abstract(loop.task.model).shapes,
         steps.state.parameters,
     )
-    metrics.prepare()
+    if loop.journal:
+        metrics.prepare()
     checkpoint.prepare()
     if loop.valid:
-        steps.evaluate.lower(parameters, batch_shapes(loop.task)).compile()
+        steps.evaluate.lower(parameters, loop.task.feed.abstract()).compile()
 
 
-def ending(loop: Loop, interruption: Interruption) -> str:
+def ending(loop: Loop) -> str:
     """The last line: why the run ends here."""
     steps, folder = loop.task.schedule.steps, loop.task.folder
     if loop.step == steps:
         return f"done: {steps} steps; {folder}"
     saved = f"checkpoint saved in {folder}" if loop.step else "nothing to save yet"
-    return f"interrupted by {interruption.name} at step {loop.step} of {steps}, {saved}; the same command goes on"
+    return f"interrupted by {loop.stop_reason} at step {loop.step} of {steps}, {saved}; the same command goes on"
