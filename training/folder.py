@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 
 # Where and how fast a run computes, not what: these may change between the parts of a run.
-FREE = ("name", "out", "mesh", "rules", "data.workers", "data.prefetch", "data.cache_dir")
+FREE = ("name", "out", "mesh", "rules", "topologies", "data.workers", "data.prefetch", "data.cache_dir")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)  # a disk that takes no more
 
 

@@ -1,0 +1,108 @@
+"""What would make a step fit that does not: settings, and what they would come to. Arithmetic; compiles nothing."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from parallel.mesh import make_mesh
+from parallel.topology import topology_devices
+from perf.aot import Report, Work, train_sizes
+from perf.memory import KEPT
+
+STRONGER = {"none": ("dots", "full"), "dots": ("full",)}  # what computes more again and keeps less
+
+
+class Change(NamedTuple):
+    """Settings to give, and the peak that they would bring by the breakdown."""
+
+    settings: str  # as the command line takes them: "model.remat=full"
+    peak_bytes: int
+    fits: bool
+
+
+def blame(report: Report) -> list[tuple[str, int]]:
+    """The kinds that take the most of the peak, down to a tenth of it."""
+    rows = sorted(report.breakdown.items(), key=lambda row: -row[1])
+    return [row for row in rows if row[1] >= report.peak_bytes / 10]
+
+
+def changes(report: Report) -> list[Change]:
+    """What to change, what fits first, then what brings the most. Only for a train step."""
+    if report.work.step != "train":
+        return list(_smaller_serving(report))
+    found = []
+    for settings, work in _candidates(report):
+        peak = estimate(report, work)
+        if peak is not None and peak < report.peak_bytes:
+            found.append(Change(settings, peak, peak <= report.topology.hbm_bytes))
+    fitting = [change for change in found if change.fits]
+    return (fitting or sorted(found, key=lambda change: change.peak_bytes))[:4]
+
+
+def estimate(report: Report, work: Work) -> int | None:
+    """The peak of a changed step: each kind by its arithmetic, and what is no kind grows with the tokens of a device.
+
+    None where the mesh or the model does not take the change.
+    """
+    mesh = make_mesh(report.work.mesh, topology_devices(report.topology.name))
+    before = train_sizes(report.work, mesh)
+    try:
+        after_mesh = make_mesh(work.mesh, topology_devices(report.topology.name))
+        after = train_sizes(work, after_mesh)
+    except ValueError:
+        return None
+    kinds = sum(after.values()) - sum(before.values())
+    scale = after["activations"] / before["activations"] if work.model.remat == report.work.model.remat else 1.0
+    other = report.breakdown["other"] * (min(scale, 1.0) - 1.0)
+    return max(round(report.peak_bytes + kinds + other), sum(after[kind] for kind in KEPT))
+
+
+def _candidates(report: Report) -> Iterator[tuple[str, Work]]:
+    """Settings and the work that they make, the mildest first."""
+    work = report.work
+    for remat in STRONGER.get(work.model.remat, ()):
+        yield f"model.remat={remat}", dataclasses.replace(work, model=dataclasses.replace(work.model, remat=remat))
+    sizes = report.mesh
+    if sizes.get("data", 1) > 1:
+        mesh = dataclasses.replace(work.mesh, data=1, fsdp=sizes["fsdp"] * sizes["data"])
+        yield f"mesh.data=1 mesh.fsdp={mesh.fsdp}", dataclasses.replace(work, mesh=mesh)
+    yield from _shorter_batches(work, sizes)
+    for part in (2, 4, 8):
+        if sizes["fsdp"] % part == 0 and work.model.num_kv_heads % (sizes["tensor"] * part) == 0:
+            mesh = dataclasses.replace(work.mesh, fsdp=sizes["fsdp"] // part, tensor=sizes["tensor"] * part)
+            settings = f"mesh.fsdp={mesh.fsdp} mesh.tensor={mesh.tensor}"
+            yield settings, dataclasses.replace(work, mesh=mesh)
+
+
+def _shorter_batches(work: Work, sizes: dict[str, int]) -> Iterator[tuple[str, Work]]:
+    """The same batch in more parts, or a smaller one; each part still divides over the devices."""
+    rows, devices = work.train.batch_size, math.prod(sizes.values()) // sizes["tensor"]
+    for part in (2, 4, 8, 16, 32):
+        accumulate = work.train.accumulate * part
+        if rows % (accumulate * devices) == 0:
+            train = dataclasses.replace(work.train, accumulate=accumulate)
+            yield f"train.accumulate={accumulate}", dataclasses.replace(work, train=train)
+    for part in (2, 4, 8, 16, 32):
+        smaller = rows // part
+        if rows % part == 0 and smaller % (work.train.accumulate * devices) == 0:
+            train = dataclasses.replace(work.train, batch_size=smaller)
+            yield f"train.batch_size={smaller}", dataclasses.replace(work, train=train)
+
+
+def _smaller_serving(report: Report) -> Iterator[Change]:
+    """A served batch or length that fits, by the cache's part of the peak."""
+    cache, over = report.breakdown["cache"], report.peak_bytes - report.topology.hbm_bytes
+    weights = report.breakdown["weights"]
+    for part in (2, 4, 8, 16, 32, 64):
+        peak = report.peak_bytes - cache + cache // part
+        if cache - cache // part >= over:
+            for name, value in (("--batch", report.work.batch), ("--length", report.work.length)):
+                if value // part:
+                    yield Change(f"{name} {value // part}", peak, True)
+            return
+    tensor = report.mesh.get("tensor", 1)
+    for part in (2, 4, 8):
+        if weights - weights // part >= over and report.work.model.num_kv_heads % (tensor * part) == 0:
+            yield Change(f"mesh.tensor={tensor * part} (on as many more chips)", report.peak_bytes - weights + weights // part, True)
+            return
