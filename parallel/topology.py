@@ -124,7 +124,7 @@ def _hint(name: str) -> str:
     kind, rest = re.fullmatch(r"([^:\-]*)[:\-]?(.*)", name, re.DOTALL).groups()  # type: ignore[union-attr]
     if kind == "v4":
         near = ", ".join(_nearest(GENERATIONS["v5p"], rest))
-        return f"libtpu describes a v4 chip as two devices, as no v4 slice shows it, so it cannot be checked here: {near}"
+        return f"libtpu describes a v4 chip as two devices, which no v4 slice shows; of those checked, near are {near}"
     if kind in ("v2", "v3"):
         return f"{kind} is not checked here; the oldest generation is v5e, e.g. v5e:16x16"
     if kind in GENERATIONS or kind in ALIASES:

@@ -62,7 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     shardings = commands.add_parser("shardings", help="how a run's tensors are split", allow_abbrev=False)
     for command in (compile_, shardings):
         command.add_argument("words", nargs="*", metavar="CONFIG [key=value ...]", help="a run, as for train.py")
-        command.add_argument("--topology", default="", metavar="T", help="such as v5e:16x16 (compile: the config's first)")
+        command.add_argument(
+            "--topology", default="", metavar="T", help="such as v5e:16x16 (default: the config's first)"
+        )
         command.add_argument("--slices", type=_positive, default=1, help="slices of that shape (default 1)")
         command.add_argument("--effort", type=_effort, default=None, metavar="E", help="the compiler's, -1.0 to 1.0")
         command.add_argument("--json", action="store_true", help="one JSON object, last on stdout")
@@ -125,10 +127,10 @@ def _lines(result: dict) -> list[str]:
 
 def _compile(asked: argparse.Namespace) -> int:
     """Compile one step of a run and say what the compiler made of it."""
-    run, topology = _run(asked), None
+    run = _run(asked)
     topology = _topology(asked, run)
     if asked.step == "train" and (asked.batch or asked.length):
-        raise ValueError("--batch and --length are of prefill and decode; a run's own are train.batch_size, train.seq_len")
+        raise ValueError("--batch and --length are of prefill and decode; a run has train.batch_size and train.seq_len")
     if asked.step != "train" and asked.largest_batch:
         raise ValueError(f"--largest-batch is of the train step; for {asked.step} give --batch")
     _ready(asked)
@@ -167,7 +169,7 @@ def _shardings(asked: argparse.Namespace) -> int:
         import jax
 
         jax.config.update("jax_num_cpu_devices", asked.devices)
-        topology, devices = None, None
+        topology = None
     else:
         topology = _topology(asked, run)
     _ready(asked)
@@ -229,7 +231,11 @@ def _work(run):
     from perf.aot import Work, with_assumed_vocabulary
 
     return Work(
-        model=with_assumed_vocabulary(run.model, run.data), mesh=run.mesh, rules=run.rules, optim=run.optim, train=run.train
+        model=with_assumed_vocabulary(run.model, run.data),
+        mesh=run.mesh,
+        rules=run.rules,
+        optim=run.optim,
+        train=run.train,
     )
 
 

@@ -32,30 +32,37 @@ def changes(report: Report) -> list[Change]:
     if report.work.step != "train":
         return list(_smaller_serving(report))
     found = []
+    before = _sizes(report, report.work)
+    assert before is not None, "what was compiled has sizes"
     for settings, work in _candidates(report):
-        peak = estimate(report, work)
+        peak = estimate(report, before, work)
         if peak is not None and peak < report.peak_bytes:
             found.append(Change(settings, peak, peak <= report.topology.hbm_bytes))
     fitting = [change for change in found if change.fits]
     return (fitting or sorted(found, key=lambda change: change.peak_bytes))[:4]
 
 
-def estimate(report: Report, work: Work) -> int | None:
-    """The peak of a changed step: each kind by its arithmetic, and what is no kind grows with the tokens of a device.
+def estimate(report: Report, before: dict[str, int], work: Work) -> int | None:
+    """The peak of a changed step: each kind by its arithmetic, and what is no kind grows with the activations.
 
     None where the mesh or the model does not take the change.
     """
-    mesh = make_mesh(report.work.mesh, topology_devices(report.topology.name))
-    before = train_sizes(report.work, mesh)
-    try:
-        after_mesh = make_mesh(work.mesh, topology_devices(report.topology.name))
-        after = train_sizes(work, after_mesh)
-    except ValueError:
+    after = _sizes(report, work)
+    if after is None:
         return None
     kinds = sum(after.values()) - sum(before.values())
-    scale = after["activations"] / before["activations"] if work.model.remat == report.work.model.remat else 1.0
+    is_same_policy = work.model.remat == report.work.model.remat
+    scale = after["activations"] / before["activations"] if is_same_policy else 1.0
     other = report.breakdown["other"] * (min(scale, 1.0) - 1.0)
     return max(round(report.peak_bytes + kinds + other), sum(after[kind] for kind in KEPT))
+
+
+def _sizes(report: Report, work: Work) -> dict[str, int] | None:
+    """Bytes by kind of a train step on the report's slices."""
+    try:
+        return train_sizes(work, make_mesh(work.mesh, topology_devices(report.topology.name)))
+    except ValueError:
+        return None
 
 
 def _candidates(report: Report) -> Iterator[tuple[str, Work]]:
@@ -104,5 +111,6 @@ def _smaller_serving(report: Report) -> Iterator[Change]:
     tensor = report.mesh.get("tensor", 1)
     for part in (2, 4, 8):
         if weights - weights // part >= over and report.work.model.num_kv_heads % (tensor * part) == 0:
-            yield Change(f"mesh.tensor={tensor * part} (on as many more chips)", report.peak_bytes - weights + weights // part, True)
+            peak = report.peak_bytes - weights + weights // part
+            yield Change(f"mesh.tensor={tensor * part} (on as many more chips)", peak, True)
             return

@@ -1,7 +1,7 @@
 """Scheduled HLO text, read for what moves between devices and which kernels run, each times how often. Knows no model.
 
     %all-gather.1 = bf16[512,1024] all-gather(%shard), replica_groups=[2,8]<=[8,2]T(1,0) …   in a loop of 32 layers
-    -> Collective(kind="all-gather", axis="fsdp", count=32, operand_bytes=…, result_bytes=…, source="model/layers.py:46")
+    -> Collective(kind="all-gather", axis="fsdp", count=32, result_bytes=…, source="model/layers.py:174", …)
 
 A loop counts as often as its condition says; one whose end depends on data (decoding) counts once.
 """
@@ -13,7 +13,7 @@ import math
 import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,6 +34,9 @@ SENT = {"one-to-one": "collective-permute"}  # what the network between slices c
 _SHAPE = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"^(ENTRY\s+)?%?([\w.\-]+)\s*\(.*->.*\{\s*$")
 _OPERATION = re.compile(r"^\s*(ROOT\s+)?%?([\w.\-]+) = (.*?)\s([a-z][a-z0-9\-]*)\((.*)$")
+_GROUPS = re.compile(
+    r"replica_groups=(mesh\[[^\]]*\][^{]*\{[^}]*\}|\[[^\]]*\]<=\[[^\]]*\](?:T\([^)]*\))?|\{\{.*?\}\}|\{[\d, ]*\})"
+)
 _TABLE = re.compile(r"^(\d+) (?:\"(.*)\"|\{(.*)\})$")
 
 
@@ -180,8 +183,8 @@ def _calls(module: Module, computation: Computation, operation: Operation) -> It
         yield operation.called("body"), trip_count(module, computation, operation) or 1
     elif operation.opcode == "conditional":
         branches = re.search(r"branch_computations=\{([^}]*)\}", operation.rest)
-        named = branches[1].split(",") if branches else [operation.called(f"{so}_computation") for so in ("true", "false")]
-        yield from ((name.strip().lstrip("%"), 1) for name in named)
+        two = (operation.called("true_computation"), operation.called("false_computation"))
+        yield from ((name.strip().lstrip("%"), 1) for name in (branches[1].split(",") if branches else two))
     elif operation.opcode == "call":
         yield operation.called("to_apply"), 1
     elif operation.opcode in ("fusion", "async-start", "custom-call") and operation.called("calls"):
@@ -257,16 +260,16 @@ def groups_of(rest: str, num_devices: int) -> list[list[int]]:
     if PAIRS in rest:
         listed = rest.partition(PAIRS)[2].partition("}}")[0]
         return [[int(x) for x in pair.split(",")] for pair in re.findall(r"\{(\d+,\d+)", listed)]
-    found = re.search(r"replica_groups=(mesh\[[^\]]*\][^{]*\{[^}]*\}|\[[^\]]*\]<=\[[^\]]*\](?:T\([^)]*\))?|\{[^=]*?\}(?=[,)\s]|$))", rest)
+    found = _GROUPS.search(rest)
     written = found[1] if found else "{}"
     if written.startswith("mesh"):
         return _mesh_groups(written)
     if written.startswith("["):
-        shape, sides, order = re.fullmatch(r"\[([\d,]*)\]<=\[([\d,]*)\](?:T\(([\d,]*)\))?", written).groups()  # type: ignore[union-attr]
+        shape, _, source = written.partition("<=")
+        sides, _, order = source.partition("T")
         ids = np.arange(math.prod(_ints(sides))).reshape(_ints(sides))
         ids = ids.transpose(_ints(order)) if order else ids
-        shape = _ints(shape)
-        return ids.reshape(shape if len(shape) == 2 else (1, -1)).tolist()
+        return ids.reshape(_ints(shape) if len(_ints(shape)) == 2 else (1, -1)).tolist()
     rows = re.findall(r"\{([\d, ]+)\}", written)
     return [list(_ints(row)) for row in rows] or [list(range(num_devices))]
 
@@ -399,7 +402,7 @@ def _between_slices(module, computation, operation, times, mesh, slice_axes, sai
         operation,
     )
     return Collective(
-        kind=SENT.get(kind, kind),
+        kind=SENT[kind] if kind in SENT else kind,
         axis=said(slice_axes),
         count=times,
         operand_bytes=times * num_bytes(parts_of(operation.type)[0]),
@@ -433,21 +436,25 @@ def _origin(module: Module, computation: Computation, operation: Operation, call
     near = [operation, *([caller[1], computation.root] if caller else []), *_neighbours(computation, operation)]
     if caller:
         near += _neighbours(*caller)
-    told = next((other for other in near if "op_name=" in other.rest), operation)
+    named = [other for other in near if "op_name=" in other.rest]
+    told = next((other for other in named if source_of(module, other)), named[0] if named else operation)
     name = re.search(r'op_name="([^"]*)"', told.rest)
     return {"source": source_of(module, told), "operation": name[1] if name else ""}
 
 
 def _neighbours(computation: Computation, operation: Operation, limit: int = 64) -> list[Operation]:
-    """What an operation's operands come from, nearest first, then what takes its result."""
+    """What an operation's operands come from, nearest first, then what takes its result and the results of that."""
     found, waiting = {}, collections.deque(operation.operands)
     while waiting and len(found) < limit:
         name = waiting.popleft()
         if name in computation.operations and name not in found:
             found[name] = computation.operations[name]
             waiting.extend(found[name].operands)
-    users = [other for other in computation.operations.values() if operation.name in other.operands]
-    return [*found.values(), *users]
+    users = {operation.name: operation}
+    for other in computation.operations.values():  # in the order of the schedule: a user stands after what it uses
+        if not users.keys().isdisjoint(other.operands) and len(users) < limit:
+            users[other.name] = other
+    return [*found.values(), *users.values()]
 
 
 def source_of(module: Module, operation: Operation) -> str:
@@ -499,19 +506,22 @@ def kernel_name(operation: Operation) -> str:
     return path[-1] if path and path[-1] else re.sub(r"\.\d+$", "", operation.name)
 
 
-def summary(rows: Sequence[Collective]) -> list[dict[str, object]]:
+def summary(rows: Sequence[Collective]) -> list[dict[str, Any]]:
     """Collectives added up by kind, axis and network: what `python -m perf compile --json` prints."""
-    sums: dict[tuple[str, str, str], dict[str, object]] = {}
+    alike: dict[tuple[str, str, str], list[Collective]] = {}
     for row in rows:
-        key = row.kind, row.axis, row.network
-        total = sums.setdefault(key, dict.fromkeys(("count", "operand_bytes", "result_bytes", "wire_bytes"), 0))
-        for name, value in (
-            ("count", row.count),
-            ("operand_bytes", row.operand_bytes),
-            ("result_bytes", row.result_bytes),
-            ("wire_bytes", round(row.wire_bytes)),
-            ("overlapped_bytes", round(row.wire_bytes) if row.is_overlapped else 0),
-        ):
-            total[name] = total.get(name, 0) + value  # type: ignore[operator]
-    made = [{"kind": kind, "axis": axis, "network": network, **total} for (kind, axis, network), total in sums.items()]
-    return sorted(made, key=lambda row: -int(row["wire_bytes"]))  # type: ignore[call-overload]
+        alike.setdefault((row.kind, row.axis, row.network), []).append(row)
+    sums = [
+        {
+            "kind": kind,
+            "axis": axis,
+            "network": network,
+            "count": sum(row.count for row in some),
+            "operand_bytes": sum(row.operand_bytes for row in some),
+            "result_bytes": sum(row.result_bytes for row in some),
+            "wire_bytes": round(sum(row.wire_bytes for row in some)),
+            "overlapped_bytes": round(sum(row.wire_bytes for row in some if row.is_overlapped)),
+        }
+        for (kind, axis, network), some in alike.items()
+    ]
+    return sorted(sums, key=lambda row: -row["wire_bytes"])

@@ -44,9 +44,7 @@ def parts(name: str, mesh: Mesh, rules: AxisRules) -> int:
 
 def share(names: Names, sizes: tuple[int, ...], mesh: Mesh, rules: AxisRules) -> int:
     """Numbers of an activation that one device holds; a part that does not come out whole is rounded up."""
-    divided = (
-        -(-size // (parts(name, mesh, rules) if name else 1)) for name, size in zip(names, sizes, strict=True)
-    )
+    divided = (-(-size // (parts(name, mesh, rules) if name else 1)) for name, size in zip(names, sizes, strict=True))
     return math.prod(divided)
 
 

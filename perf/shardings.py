@@ -1,4 +1,4 @@
-"""How each tensor of a run's state is split over a mesh, and which are whole where they need not be. Compiles nothing."""
+"""How each tensor of a run's state is split over a mesh, and which are whole by accident. Compiles nothing."""
 
 import math
 from typing import Any, NamedTuple

@@ -128,7 +128,8 @@ def aligned(rows: Sequence[Sequence[str]], *, right: Sequence[int]) -> Iterator[
     """A table, columns padded; those of numbers to the right."""
     widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
     for row in rows:
-        cells = (f"{cell:>{w}}" if at in right else f"{cell:<{w}}" for at, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        padded = enumerate(zip(row, widths, strict=True))
+        cells = (f"{cell:>{width}}" if at in right else f"{cell:<{width}}" for at, (cell, width) in padded)
         yield ("  " + "  ".join(cells)).rstrip()
 
 
@@ -139,7 +140,7 @@ def short(operation: str, most: int = 60) -> str:
     return text if len(text) <= most else "…" + text[-most + 1 :]
 
 
-def gib(bytes_: float) -> str:
+def gib(bytes_: int) -> str:
     """3.37 GiB"""
     return f"{bytes_ / 2**30:,.2f} GiB" if bytes_ >= 2**27 else f"{bytes_ / 2**20:,.2f} MiB"
 
