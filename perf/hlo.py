@@ -392,7 +392,7 @@ def _is_scatter(computation: Computation, caller: Caller) -> bool:
 def _between_slices(module, computation, operation, times, mesh, slice_axes, said) -> Collective:
     """A transfer over the data centre's network: a send to the host, and the recv that answers it."""
     told = dict(re.findall(r'(_xla_\w+)="([^"]*)"', operation.rest))
-    kind = told["_xla_megascale_transfer_type"].lower().replace("_", "-")
+    kind: str = told["_xla_megascale_transfer_type"].lower().replace("_", "-")
     answer = next(
         (
             other
@@ -402,7 +402,7 @@ def _between_slices(module, computation, operation, times, mesh, slice_axes, sai
         operation,
     )
     return Collective(
-        kind=SENT[kind] if kind in SENT else kind,
+        kind=SENT.get(kind, kind),
         axis=said(slice_axes),
         count=times,
         operand_bytes=times * num_bytes(parts_of(operation.type)[0]),

@@ -28,11 +28,11 @@ needs_libtpu = pytest.mark.skipif(
 )
 
 
-def cases():
-    for path in RUNS:
-        for name in load(path).topologies:
-            marks = () if (path.stem, name) in QUICK else (pytest.mark.slow,)
-            yield pytest.param(path, name, marks=marks, id=f"{path.stem} on {name}")
+CASES = [
+    pytest.param(path, name, marks=() if (path.stem, name) in QUICK else pytest.mark.slow, id=f"{path.stem} on {name}")
+    for path in RUNS
+    for name in load(path).topologies
+]
 
 
 def work_of(run: RunConfig) -> Work:
@@ -53,7 +53,7 @@ def test_every_run_names_a_topology(path):
 
 
 @needs_libtpu
-@pytest.mark.parametrize(("path", "name"), cases())
+@pytest.mark.parametrize(("path", "name"), CASES)
 def test_a_run_compiles_and_fits_where_it_says(path, name):
     run, topology = load(path), find(name)
     run.check_devices(topology.num_devices)

@@ -91,7 +91,7 @@ ENTRY %main (x: f32[8,128], y: bf16[4,128]) -> f32[4,128] {
   %swapped = f32[8,128]{1,0} all-to-all(%x), channel_id=5, replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}, dimensions={0}
   ROOT %shard.1 = f32[4,128]{1,0} fusion(%busy), kind=kCustom, calls=%all-reduce-scatter.1, metadata={op_name="jit(step)/gradient" stack_frame_id=1}
 }
-"""
+"""  # noqa: E501
 
 
 def test_every_collective_is_counted():
@@ -194,7 +194,7 @@ ENTRY %main (x: f32[8,128]) -> f32[8,128] {
   %recv-done = (f32[8,128]{1,0}, token[]) recv-done(%recv), channel_id=2, is_host_transfer=true
   ROOT %sum = f32[8,128]{1,0} get-tuple-element(%recv-done), index=0
 }
-"""
+"""  # noqa: E501
 
 
 def test_transfers_between_slices_are_counted():
