@@ -37,7 +37,7 @@ class Program(NamedTuple):
 
     def batch(self, rows: int) -> int:
         """The batch for so many rows: a power of two on each part of the mesh that splits it."""
-        axes = spec(("batch",), self.rules)[0] or ()
+        axes = spec(("batch",), self.rules, self.mesh)[0] or ()
         parts = math.prod(self.mesh.shape[axis] for axis in ([axes] if isinstance(axes, str) else axes))
         return parts * power_of_two(-(-rows // parts))
 
@@ -84,7 +84,7 @@ def empty_memory(program: Program, rows: int, slots: int) -> Callable[[], Any]:
 
 def on_mesh(program: Program, names: Names) -> NamedSharding:
     """Where an array lies between two steps: written as XLA writes it, so that no step is compiled twice for it."""
-    bound = list(spec(names, program.rules)) if program.mesh.size > 1 else []
+    bound = list(spec(names, program.rules, program.mesh)) if program.mesh.size > 1 else []
     while bound and bound[-1] is None:
         bound.pop()
     return NamedSharding(program.mesh, P(*bound))

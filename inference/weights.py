@@ -137,8 +137,8 @@ def serving_parameters(config: ModelConfig, parameters: Parameters, mesh: Mesh) 
 
 
 def served_leaf(w: Any, names: Names, config: ModelConfig, mesh: Mesh) -> Any:
-    """One leaf as it is served; norms, biases and positions stay as they are."""
-    summed, num_parts = summed_dims(names), num_slabs(mesh)
+    """One leaf as it is served; norms, biases, positions and routers stay as they are, experts whole."""
+    summed, num_parts = summed_dims(names), 1 if "experts" in names else num_slabs(mesh)
     if summed is None or (num_parts == 1 and w.dtype == config.compute_dtype):
         return w
     return served_matrix(w, summed=summed, num_parts=num_parts, dtype=config.compute_dtype)

@@ -2,12 +2,13 @@
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from model.config import ModelConfig
-from model.layers import Key, Norm, Rope, add_bias, constant, matrix
+from model.layers import RESIDUAL, TOGETHER, Key, Norm, Rope, add_bias, constant, matrix
 from model.memory import Memory, Queries, Rule
-from parallel.sharding import einsum
+from parallel.sharding import einsum, relaid
 
 
 class Attention(nnx.Module):
@@ -33,9 +34,10 @@ class Attention(nnx.Module):
         self.k_norm = Norm(config, H) if config.qk_norm else nnx.data(None)
 
     def __call__(
-        self, x: Float[Array, "B T D"], rope: Rope | None, window, queries: Queries, memory: Memory
-    ) -> tuple[Float[Array, "B T D"], Memory]:
-        names = ("batch", "seq", "act_heads", None)
+        self, x: Float[Array, "B t D"], rope: Rope | None, window, queries: Queries, memory: Memory
+    ) -> tuple[Float[Array, "B t D"], Memory]:
+        """x and what comes out are laid out as RESIDUAL."""
+        x, names = relaid(x, RESIDUAL, TOGETHER), ("batch", "seq", "act_heads", None)
         q = add_bias(einsum("BTD,DNH->BTNH", x, self.q[...], out=names), self.q_bias)
         k = add_bias(einsum("BTD,DKH->BTKH", x, self.k[...], out=names), self.k_bias)
         v = add_bias(einsum("BTD,DKH->BTKH", x, self.v[...], out=names), self.v_bias)
@@ -43,6 +45,7 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rope.turn(q), rope.turn(k)
+        q, k, v = checkpoint_name(q, "query"), checkpoint_name(k, "key"), checkpoint_name(v, "value")
         out, memory = memory.attend(q, k, v, queries, Rule(self.query_scale, self.softcap, window))
-        out = einsum("BTNH,NHD->BTD", out, self.o[...], out=("batch", "seq", "act_embed"))  # all-reduce over tensor
+        out = einsum("BTNH,NHD->BTD", out, self.o[...], sums="act_heads", out=RESIDUAL)
         return add_bias(out, self.o_bias), memory

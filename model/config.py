@@ -1,9 +1,14 @@
 """The shape of a decoder: one frozen record that every family is a value of. Knows no arrays and imports no jax."""
 
 import dataclasses
+import math
 from typing import Literal
 
 LayerKind = Literal["global", "window"]
+Activation = Literal[
+    "query", "key", "value", "attention_out", "attention_lse", "middle", "ffn_gate", "ffn_up"
+]  # what a layer may keep, in the order in which it is made
+RouterKind = Literal["softmax", "softmax_after", "sigmoid"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,6 +23,12 @@ class RopeScaling:
     beta_fast: float = 32.0  # yarn: turns over the trained length above which a frequency is left alone
     beta_slow: float = 1.0  # yarn: turns below which it is fully stretched
     attention_factor: float | None = None  # yarn: scale of cos and sin; None means 0.1 ln(factor) + 1
+    logit_mscale: float = 0.0  # yarn: m > 0 multiplies q·k by (0.1 m ln(factor) + 1) squared (MLA)
+
+    @property
+    def logit_factor(self) -> float:
+        """What attention logits are multiplied by."""
+        return (0.1 * self.logit_mscale * math.log(max(self.factor, 1.0)) + 1.0) ** 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,10 +66,33 @@ class ModelConfig:
     tied: bool = True  # the unembedding is the embedding table
     init_scale: float = 1.0  # multiplies the fan-in standard deviation of every initial matrix
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of matmuls; parameters stay float32
-    remat: Literal["none", "dots", "full"] = "none"  # what backward computes again: nothing, all but matmuls, all
+    remat: Literal["none", "dots", "minimal", "attention", "full"] = "none"  # what a layer keeps for backward: all … its input
+    remat_save: tuple[Activation, ...] = ()  # activations kept besides
+    remat_offload: tuple[Activation, ...] = ()  # activations kept in host memory
+    kernels: Literal["auto", "plain", "pallas"] = "auto"  # own kernels for TPUs, or plain XLA; auto goes by the platform
     scan_layers: bool = True  # one compiled layer looped L times (fast compile) rather than L copies
+    num_experts: int = 0  # E, experts of a layer's FFN; 0 is one dense FFN
+    experts_per_token: int = 0  # A, experts that each token goes through
+    expert_ffn_dim: int = 0  # F of one expert
+    shared_ffn_dim: int = 0  # F of the experts that every token goes through, taken together; 0 is none
+    num_dense_layers: int = 0  # first layers whose FFN is dense (DeepSeek)
+    router: RouterKind = "softmax"  # weights: softmax over all, then top A | top A, then softmax | sigmoid with a bias
+    router_normalize: bool = True  # the weights of a token's experts sum to 1
+    router_scale: float = 1.0  # multiplies the weights of the routed experts
+    router_groups: int = 1  # groups that the experts stand in
+    router_top_groups: int = 1  # groups that a token's experts may come from
+    balance_loss: float = 0.0  # weight of the loss that spreads tokens over experts (arXiv:2101.03961, eq. 4)
+    router_z_loss: float = 0.0  # weight of the squared log-sum-exp of router logits (arXiv:2202.08906, eq. 5)
+    router_bias_rate: float = 0.0  # step of the sigmoid router's balancing bias (arXiv:2408.15664)
+    expert_capacity: float = 1.25  # rows of an exchange round / rows if spread evenly; more rounds run, none is dropped
+    kv_rank: int = 0  # R, latent that keys and values share (MLA, arXiv:2405.04434); 0 is plain attention
+    q_rank: int = 0  # R, latent of the queries; 0 takes them from D
+    rope_dim: int = 0  # MLA: dims of H, the last ones, that turn with the position; all heads share them in keys
+    value_dim: int = 0  # MLA: width of a value head; 0 means H
 
     def __post_init__(self):
+        _check_latents(self)
+        _check_experts(self)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}; "
@@ -78,3 +112,93 @@ class ModelConfig:
     def layer_kinds(self) -> tuple[LayerKind, ...]:
         """Kind of each of the L layers."""
         return tuple(self.layers[i % len(self.layers)] for i in range(self.num_layers))
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dims of a head that turn with the position."""
+        return self.rope_dim or self.head_dim
+
+
+def _check_latents(config: ModelConfig) -> None:
+    """Multi-head latent attention has its own sizes, and plain attention none of them."""
+    if not config.kv_rank:
+        for name in ("q_rank", "rope_dim", "value_dim"):
+            if getattr(config, name):
+                raise ValueError(f"{name}={getattr(config, name)} is set but kv_rank=0 is plain attention; set kv_rank")
+        if config.rope_scaling.logit_mscale:
+            raise ValueError(
+                f"rope_scaling.logit_mscale={config.rope_scaling.logit_mscale} is set but kv_rank=0 is plain "
+                "attention; set query_scale"
+            )
+        return
+    for name in ("kv_rank", "q_rank", "rope_dim", "value_dim"):
+        if getattr(config, name) < 0:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least 0")
+    if config.rope_dim % 2 or not 0 < config.rope_dim < config.head_dim:
+        raise ValueError(
+            f"rope_dim={config.rope_dim} must be even, above 0 and below head_dim={config.head_dim}; "
+            "it is the rotary part of a head, the rest knows no position"
+        )
+    if config.value_dim > config.head_dim:
+        raise ValueError(
+            f"value_dim={config.value_dim} is more than head_dim={config.head_dim}; "
+            "values are stored in the width of keys"
+        )
+    if config.num_kv_heads != config.num_heads:
+        raise ValueError(
+            f"num_kv_heads={config.num_kv_heads} differs from num_heads={config.num_heads}; "
+            "with kv_rank every head has its own keys: make them equal"
+        )
+    for name, needed in {"positions": "rope", "qk_norm": False, "qkv_bias": False, "out_bias": False}.items():
+        if getattr(config, name) != needed:
+            raise ValueError(f"{name}={getattr(config, name)} does not go with kv_rank={config.kv_rank}; {needed} does")
+
+
+def _check_experts(config: ModelConfig) -> None:
+    """Enough experts of some width for every token, in groups that come out even."""
+    E, A, groups, top_groups = (
+        config.num_experts, config.experts_per_token, config.router_groups, config.router_top_groups
+    )  # fmt: skip
+    if not E:
+        for name in ("experts_per_token", "expert_ffn_dim", "shared_ffn_dim", "num_dense_layers"):
+            if getattr(config, name):
+                raise ValueError(f"{name}={getattr(config, name)} is set but num_experts=0 is dense; set num_experts")
+        return
+    if not 1 <= A <= E:
+        raise ValueError(f"experts_per_token={A} must be between 1 and num_experts={E}")
+    if config.expert_ffn_dim < 1:
+        raise ValueError(f"expert_ffn_dim={config.expert_ffn_dim} must be at least 1; num_experts={E} need a width")
+    if not 0 <= config.num_dense_layers < config.num_layers:
+        raise ValueError(
+            f"num_dense_layers={config.num_dense_layers} leaves no layer of num_layers={config.num_layers} for "
+            f"num_experts={E}; lower it, or set num_experts=0"
+        )
+    if groups < 1 or E % groups:
+        raise ValueError(f"num_experts={E} is not a multiple of router_groups={groups}; groups are equal")
+    if not 1 <= top_groups <= groups:
+        raise ValueError(f"router_top_groups={top_groups} must be between 1 and router_groups={groups}")
+    if A > E // groups * top_groups:
+        raise ValueError(
+            f"experts_per_token={A} is more than the {E // groups * top_groups} experts of "
+            f"router_top_groups={top_groups}; raise router_top_groups"
+        )
+    if config.router_bias_rate and config.router != "sigmoid":
+        raise ValueError(
+            f'router_bias_rate={config.router_bias_rate} is set but router="{config.router}" has no bias; '
+            'set router="sigmoid" or balance_loss'
+        )
+    if not config.gated or config.ffn_bias:
+        raise ValueError(
+            f"gated={config.gated}, ffn_bias={config.ffn_bias} do not go with num_experts={E}; "
+            "experts are gated and have no biases"
+        )
+
+
+def with_kernels(config: ModelConfig, platform: str) -> ModelConfig:
+    """The config with its kernels chosen for a platform; ValueError for own kernels where they don't run."""
+    if config.kernels == "pallas" and platform != "tpu":
+        raise ValueError(
+            f"model.kernels=pallas are for TPUs, but the devices here are {platform}s; give auto, or plain for XLA's own"
+        )
+    kernels = ("pallas" if platform == "tpu" else "plain") if config.kernels == "auto" else config.kernels
+    return dataclasses.replace(config, kernels=kernels)

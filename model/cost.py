@@ -7,8 +7,10 @@ Conventions, one for the whole house:
   keys a query.
 - Training is three times the forward (arXiv:2001.08361, section 2.1). What remat computes again is not counted, so
   that these are the model's FLOPs of MFU (arXiv:2204.02311, appendix B), not the hardware's.
-- Bytes of a decode step: every parameter that the step multiplies by is read once, however large the batch; every
-  visible key and value is read once a sequence, and one of each is written. Activations are left out.
+- A token goes through A of E experts, the shared ones and the router; only these count in FLOPs.
+- Bytes of a decode step: every parameter that the step multiplies by is read once, however large the batch, of experts
+  as many as its tokens can choose, at most A a sequence; every visible key and value is read once a sequence, and one
+  of each is written. Activations are left out.
 """
 
 from model.config import ModelConfig
@@ -19,25 +21,61 @@ def num_parameters(config: ModelConfig) -> int:
     D, V = config.embed_dim, config.vocab_size
     positions = config.max_length * D if config.positions == "learned" else 0
     head = 0 if config.tied else V * D
-    return V * D + positions + head + config.num_layers * _layer_parameters(config) + _norm_parameters(config, D)
+    return V * D + positions + head + _layers(config, config.num_experts) + _norm_parameters(config, D)
 
 
 def matmul_parameters(config: ModelConfig) -> int:
     """Parameters that every token multiplies by: all matrices, and the unembedding, which may be the tied table."""
-    return config.num_layers * _layer_matrices(config) + config.vocab_size * config.embed_dim
+    return _matrices(config) + config.vocab_size * config.embed_dim
 
 
-def _layer_matrices(config: ModelConfig) -> int:
-    D, N, K, H, F = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim, config.ffn_dim
-    return D * H * (N + 2 * K) + N * H * D + (3 if config.gated else 2) * D * F
-
-
-def _layer_parameters(config: ModelConfig) -> int:
-    D, N, K, H, F = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim, config.ffn_dim
-    biases = config.qkv_bias * H * (N + 2 * K) + config.out_bias * D + config.ffn_bias * (F + D)
+def _layers(config: ModelConfig, experts: int) -> int:
+    """Parameters of all layers, each with so many experts."""
+    D, L, num_dense = config.embed_dim, config.num_layers, _num_dense(config)
     norms = (4 if config.post_norms else 2) * _norm_parameters(config, D)
+    dense = _ffn_matrices(config) + config.ffn_bias * (config.ffn_dim + D)
+    router_bias = config.num_experts * (config.router == "sigmoid")
+    sparse = _experts_matrices(config, experts) + router_bias
+    return L * (_attention_parameters(config) + norms) + num_dense * dense + (L - num_dense) * sparse
+
+
+def _matrices(config: ModelConfig) -> int:
+    """What a token multiplies by in all layers."""
+    L, num_dense = config.num_layers, _num_dense(config)
+    sparse = _experts_matrices(config, config.experts_per_token)
+    return L * _attention_matrices(config) + num_dense * _ffn_matrices(config) + (L - num_dense) * sparse
+
+
+def _num_dense(config: ModelConfig) -> int:
+    return config.num_dense_layers if config.num_experts else config.num_layers
+
+
+def _ffn_matrices(config: ModelConfig) -> int:
+    return (3 if config.gated else 2) * config.embed_dim * config.ffn_dim
+
+
+def _experts_matrices(config: ModelConfig, experts: int) -> int:
+    """Router, `experts` of the routed and all shared experts."""
+    D, F = config.embed_dim, experts * config.expert_ffn_dim + config.shared_ffn_dim
+    return config.num_experts * D + 3 * D * F
+
+
+def _attention_matrices(config: ModelConfig) -> int:
+    D, N, K, H, R = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim, config.kv_rank
+    if not R:
+        return D * H * (N + 2 * K) + N * H * D
+    W, turning = config.value_dim or H, config.rope_dim
+    queries = (config.q_rank or D) * N * H + D * config.q_rank
+    return queries + D * (R + turning) + R * N * (H - turning + W) + N * W * D
+
+
+def _attention_parameters(config: ModelConfig) -> int:
+    """Matrices, biases and norms."""
+    D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
+    biases = config.qkv_bias * H * (N + 2 * K) + config.out_bias * D
     qk_norms = 2 * _norm_parameters(config, H) if config.qk_norm else 0
-    return _layer_matrices(config) + biases + norms + qk_norms
+    latent_norms = _norm_parameters(config, config.kv_rank) + _norm_parameters(config, config.q_rank)
+    return _attention_matrices(config) + biases + qk_norms + latent_norms
 
 
 def _norm_parameters(config: ModelConfig, dim: int) -> int:
@@ -64,8 +102,9 @@ def _pairs(new: int, past: int, window: int | None = None) -> int:
 
 def forward_flops(config: ModelConfig, new: int, past: int = 0, *, logits: int) -> int:
     """FLOPs of `new` tokens of one sequence after `past` ones; `logits` of them go through the unembedding."""
-    matrices = 2 * config.num_layers * _layer_matrices(config) * new
-    attention = 4 * config.num_heads * config.head_dim * visible_keys(config, new, past)
+    matrices = 2 * _matrices(config) * new
+    widths = config.head_dim + (config.value_dim or config.head_dim)
+    attention = 2 * config.num_heads * widths * visible_keys(config, new, past)
     return matrices + attention + 2 * config.vocab_size * config.embed_dim * logits
 
 
@@ -89,7 +128,10 @@ def decode_bytes(config: ModelConfig, past: int, *, batch: int, weight_bytes: in
     D, is_learned = config.embed_dim, config.positions == "learned"
     by_row = (0 if config.tied else config.vocab_size) + (config.max_length if is_learned else 0)  # never read whole
     rows = batch * (2 if is_learned else 1)
-    parameters = num_parameters(config) + (rows - by_row) * D
+    unread = _layers(config, config.num_experts) - _layers(
+        config, min(config.num_experts, batch * config.experts_per_token)
+    )
+    parameters = num_parameters(config) - unread + (rows - by_row) * D
     return weight_bytes * parameters + cache_bytes * batch * _cache_numbers(config, past)
 
 

@@ -6,22 +6,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
 
 from model.attention import Attention
 from model.config import ModelConfig
-from model.layers import Embedding, FeedForward, Key, Norm, Rope, matrix, rope
+from model.latent_attention import LatentAttention
+from model.layers import RESIDUAL, TOGETHER, Embedding, FeedForward, Key, Norm, Rope, matrix, names_of, rope
 from model.memory import Queries
+from model.moe import Aux, MoE
+from model.remat import rematerialized
 from ops.slabs import Slabs
-from parallel.sharding import einsum
+from parallel.sharding import einsum, everywhere, relaid, whole
 
 FOREVER = 2**30  # a window that hides nothing
-
-REMAT = {
-    "none": lambda f: f,
-    "dots": lambda f: jax.checkpoint(f, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
-    "full": jax.checkpoint,
-}
 
 
 class Surroundings(NamedTuple):
@@ -32,22 +30,31 @@ class Surroundings(NamedTuple):
 
 
 class Block(nnx.Module):
-    """One layer: x + attention(norm(x)), then x + ffn(norm(x)); Gemma normalises what is added, too."""
+    """One layer: x + attention(norm(x)), then x + ffn(norm(x)); Gemma normalises what is added, too.
 
-    def __init__(self, config: ModelConfig, key: Key):
+    The third of what it returns is what its experts tell of themselves, None where it has none.
+    """
+
+    def __init__(self, config: ModelConfig, key: Key, *, dense: bool):
         attention, ffn = jax.random.split(key)
         self.attention_norm, self.ffn_norm = Norm(config, config.embed_dim), Norm(config, config.embed_dim)
-        self.attention, self.ffn = Attention(config, attention), FeedForward(config, ffn)
+        self.attention = LatentAttention(config, attention) if config.kv_rank else Attention(config, attention)
+        self.ffn = FeedForward(config, ffn) if dense else MoE(config, ffn)
         self.attention_post_norm = Norm(config, config.embed_dim) if config.post_norms else nnx.data(None)
         self.ffn_post_norm = Norm(config, config.embed_dim) if config.post_norms else nnx.data(None)
 
-    def __call__(self, x: Float[Array, "B T D"], around: Surroundings, queries: Queries, memory):
+    def __call__(self, x: Float[Array, "B t D"], around: Surroundings, queries: Queries, memory):
         with jax.named_scope("attention"):
             y, memory = self.attention(self.attention_norm(x), around.rope, around.window, queries, memory)
             x = x + (y if self.attention_post_norm is None else self.attention_post_norm(y))
+            x = checkpoint_name(x, "middle")
         with jax.named_scope("ffn"):
-            y = self.ffn(self.ffn_norm(x))
-            return x + (y if self.ffn_post_norm is None else self.ffn_post_norm(y)), memory
+            y, aux = self.ffn_norm(x), None
+            if isinstance(self.ffn, MoE):
+                y, aux = self.ffn(y, queries.segments > 0)
+            else:
+                y = self.ffn(y)
+            return x + (y if self.ffn_post_norm is None else self.ffn_post_norm(y)), memory, aux
 
 
 def _stack(make: Callable[[Key], nnx.Module], keys: Key) -> Any:
@@ -56,29 +63,52 @@ def _stack(make: Callable[[Key], nnx.Module], keys: Key) -> Any:
     return nnx.merge(graphdef, jax.vmap(lambda key: nnx.state(make(key)))(keys))
 
 
+def _list(make: Callable[[Key], nnx.Module], keys: Key) -> Any:
+    """The same modules one by one."""
+    return nnx.List([make(key) for key in keys])
+
+
 class Decoder(nnx.Module):
-    """Embedding, L blocks, final norm, unembedding. Holds parameters and static shape only."""
+    """Embedding, L blocks, final norm, unembedding. Holds parameters and static shape only.
+
+    Where the first layers have a dense FFN and the others experts, they are two stacks, one after the other.
+    """
 
     def __init__(self, config: ModelConfig, key: Key):
         self.config = config
         embedding, head, layers = jax.random.split(key, 3)
         keys = jax.random.split(layers, config.num_layers)
         self.embedding = Embedding(config, embedding)
-        if config.scan_layers:
-            self.layers = _stack(lambda key: Block(config, key), keys)
-        else:
-            self.layers = nnx.List([Block(config, key) for key in keys])
+        first, make = config.num_dense_layers, _stack if config.scan_layers else _list
+        self.dense_layers = make(lambda key: Block(config, key, dense=True), keys[:first]) if first else nnx.data(None)
+        self.layers = make(lambda key: Block(config, key, dense=not config.num_experts), keys[first:])
         self.norm = Norm(config, config.embed_dim)
         shape, names = (config.vocab_size, config.embed_dim), ("vocab", "embed")
         self.head = nnx.data(None) if config.tied else matrix(head, shape, names, fan_in=config.embed_dim)
 
     def __call__(self, tokens: Int[Array, "B T"], queries: Queries, memory) -> tuple[Float[Array, "B T D"], Any]:
         """-> hidden states after the final norm, and the memory with these tokens in it."""
-        with jax.named_scope("embedding"):
-            x = self.embedding(tokens, queries.positions)
+        x, memory, _ = self.forward(tokens, queries, memory)
+        return x, memory
+
+    def forward(
+        self, tokens: Int[Array, "B T"], queries: Queries, memory
+    ) -> tuple[Float[Array, "B T D"], Any, Aux | None]:
+        """The same and, stacked over the layers that have experts, what these tell of themselves."""
+        x = self.embed(tokens, queries)
+        stacks = [stack for stack in (self.dense_layers, self.layers) if stack is not None]
         run = _scanned if self.config.scan_layers else _unrolled
-        x, memory = run(self.config, self.layers, x, queries, memory)
-        return self.norm(x), memory
+        x, memory, aux = run(self.config, stacks, x, queries, memory)
+        return self.finish(x), memory, aux
+
+    def embed(self, tokens: Int[Array, "B T"], queries: Queries) -> Float[Array, "B t D"]:
+        """What the first layer gets, laid out as RESIDUAL."""
+        with jax.named_scope("embedding"):
+            return gathered(self.embedding)(tokens, queries.positions)
+
+    def finish(self, x: Float[Array, "B t D"]) -> Float[Array, "B T D"]:
+        """The last layer's result after the final norm."""
+        return relaid(self.norm(x), RESIDUAL, TOGETHER)
 
     @property
     def unembedding(self) -> Float[Array, "V D"] | Slabs:
@@ -99,48 +129,80 @@ def output_logits(
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
+def gathered(module: nnx.Module) -> Any:
+    """The module with its parameters gathered over the axes that split tokens; the scatter of gradients is its twin."""
+    if not everywhere():
+        return module
+    graphdef, state = nnx.split(module)
+    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
+    return nnx.merge(
+        graphdef, jax.tree.map(lambda leaf: leaf.replace(whole(leaf[...], names_of(leaf))), state, is_leaf=is_variable)
+    )
+
+
 def _surroundings(config: ModelConfig, queries: Queries) -> dict[str, Surroundings]:
     """For each kind of layer the config has."""
     if config.positions == "learned":
         turn = local = None
     else:
-        turn = rope(queries.positions, config.head_dim, config.rope_theta, config.rope_scaling)
+        turn = rope(queries.positions, config.rotary_dim, config.rope_theta, config.rope_scaling)
         local = turn
         if config.rope_local_theta is not None:
             plain = type(config.rope_scaling)()
-            local = rope(queries.positions, config.head_dim, config.rope_local_theta, plain)
+            local = rope(queries.positions, config.rotary_dim, config.rope_local_theta, plain)
     both = {"global": Surroundings(turn, None), "window": Surroundings(local, config.window)}
     return {kind: both[kind] for kind in sorted(set(config.layer_kinds))}
 
 
-def _unrolled(config: ModelConfig, layers, x, queries: Queries, memory):
+def _unrolled(config: ModelConfig, stacks, x, queries: Queries, memory):
     """L copies of the layer: slower to compile, no slicing of stacked weights."""
     around = _surroundings(config, queries)
-    block = REMAT[config.remat](lambda block, *rest: block(*rest))
-    after = []
+    block = rematerialized(lambda block, *rest: gathered(block)(*rest), config)
+    layers = [layer for stack in stacks for layer in stack]
+    after, told = [], []
     memories = memory if isinstance(memory, tuple) else (memory,) * config.num_layers
     for layer, kind, mine in zip(layers, config.layer_kinds, memories, strict=True):
-        x, mine = block(layer, x, around[kind], queries, mine)
+        x, mine, aux = block(layer, x, around[kind], queries, mine)
         after.append(mine)
-    return x, tuple(after)
+        told += [] if aux is None else [aux]
+    return x, tuple(after), jax.tree.map(lambda *leaves: jnp.stack(leaves), *told) if told else None
 
 
-def _scanned(config: ModelConfig, layers, x, queries: Queries, memory):
-    """One compiled layer, looped. Where layers differ in kind, the kind is data that each turn selects by."""
-    around = _surroundings(config, queries)
+def _scanned(config: ModelConfig, stacks, x, queries: Queries, memory):
+    """One compiled layer for each stack, looped."""
+    kinds, first = window_layers(config), config.num_dense_layers
+    if not first:
+        return looped(config, *stacks, kinds, x, queries, memory)
+    after, aux = [], None
+    for stack, part in zip(stacks, (slice(0, first), slice(first, None)), strict=True):
+        mine = jax.tree.map(lambda leaf, part=part: leaf[part], memory)
+        x, mine, aux = looped(config, stack, kinds[part], x, queries, mine)
+        after.append(mine)
+    return x, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *after), aux
+
+
+def window_layers(config: ModelConfig) -> Bool[Array, "L"]:
+    """Which layers see a window only."""
+    return jnp.asarray([kind == "window" for kind in config.layer_kinds])
+
+
+def looped(config: ModelConfig, layers, is_window: Bool[Array, "L"], x, queries: Queries, memory):
+    """One compiled layer over a stack of them. Where layers differ in kind, each turn selects by `is_window`."""
     graphdef, state = nnx.split(layers)
-    is_window = jnp.asarray([kind == "window" for kind in config.layer_kinds])
+    around = _surroundings(config, queries)
 
     def body(x, turn):
         state, mine, is_window = turn
-        block = nnx.merge(graphdef, state)
+        block = gathered(nnx.merge(graphdef, state))
         if len(around) == 1:
             (mine_around,) = around.values()
         else:
             mine_around = _choose(is_window, around["window"], around["global"])
-        return block(x, mine_around, queries, mine)
+        x, mine, aux = block(x, mine_around, queries, mine)
+        return x, (mine, aux)
 
-    return jax.lax.scan(REMAT[config.remat](body), x, (state, memory, is_window), length=config.num_layers)
+    x, (memory, aux) = jax.lax.scan(rematerialized(body, config), x, (state, memory, is_window))
+    return x, memory, aux
 
 
 def _choose(is_window, window: Surroundings, everything: Surroundings) -> Surroundings:

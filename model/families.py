@@ -4,6 +4,7 @@ Every number is from the model's own config.json; tests/model/test_families.py h
 published ones. A variation is a `dataclasses.replace`: a longer context, bfloat16 compute, fewer layers.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 from model.config import ModelConfig, RopeScaling
@@ -214,6 +215,120 @@ def qwen3_8b() -> ModelConfig:
     return _qwen3(4096, 36, 32, 12_288, tied=False)
 
 
+def _mixtral(embed_dim: int, num_layers: int, num_heads: int, ffn_dim: int, *, max_length: int) -> ModelConfig:
+    """Mixtral, arXiv:2401.04088: each token goes through two of eight experts."""
+    return ModelConfig(
+        vocab_size=32_000,
+        embed_dim=embed_dim,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=8,
+        head_dim=128,
+        ffn_dim=ffn_dim,
+        max_length=max_length,
+        rope_theta=1_000_000.0,
+        norm_eps=1e-5,
+        tied=False,
+        num_experts=8,
+        experts_per_token=2,
+        expert_ffn_dim=ffn_dim,
+        router="softmax_after",
+    )
+
+
+def mixtral_8x7b() -> ModelConfig:
+    """Mixtral 8x7B v0.1."""
+    return _mixtral(4096, 32, 32, 14_336, max_length=32_768)
+
+
+def mixtral_8x22b() -> ModelConfig:
+    """Mixtral 8x22B v0.1."""
+    return _mixtral(6144, 56, 48, 16_384, max_length=65_536)
+
+
+def _qwen3_moe(embed_dim: int, num_layers: int, num_heads: int, ffn_dim: int, expert_ffn_dim: int) -> ModelConfig:
+    """Qwen3's mixtures, arXiv:2505.09388: eight of 128 narrow experts. No layer has the dense FFN of `ffn_dim`."""
+    return dataclasses.replace(
+        _qwen3(embed_dim, num_layers, num_heads, ffn_dim, tied=False),
+        num_kv_heads=4,
+        num_experts=128,
+        experts_per_token=8,
+        expert_ffn_dim=expert_ffn_dim,
+    )
+
+
+def qwen3_30b_a3b() -> ModelConfig:
+    """Qwen3 30B-A3B."""
+    return _qwen3_moe(2048, 48, 32, 6144, 768)
+
+
+def qwen3_235b_a22b() -> ModelConfig:
+    """Qwen3 235B-A22B."""
+    return _qwen3_moe(4096, 94, 64, 12_288, 1536)
+
+
+def _deepseek(embed_dim: int, num_layers: int, num_heads: int, ffn_dim: int, *, mscale: float, **rest) -> ModelConfig:
+    """DeepSeek V2 and V3: latent attention, fine-grained experts beside shared ones, the first layers dense."""
+    scaling = {"factor": 40.0, "original_length": 4096, "attention_factor": 1.0, "logit_mscale": mscale}
+    return ModelConfig(
+        embed_dim=embed_dim,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_dim=192,
+        ffn_dim=ffn_dim,
+        max_length=163_840,
+        rope_theta=10_000.0,
+        rope_scaling=RopeScaling(kind="yarn", **scaling),
+        norm_eps=1e-6,
+        tied=False,
+        kv_rank=512,
+        rope_dim=64,
+        value_dim=128,
+        **rest,
+    )
+
+
+def deepseek_v2_lite() -> ModelConfig:
+    """DeepSeek-V2-Lite, arXiv:2405.04434, appendix B: queries without a latent."""
+    return _deepseek(
+        2048,
+        27,
+        16,
+        10_944,
+        mscale=0.707,
+        vocab_size=102_400,
+        num_experts=64,
+        experts_per_token=6,
+        expert_ffn_dim=1408,
+        shared_ffn_dim=2 * 1408,
+        num_dense_layers=1,
+        router_normalize=False,
+    )
+
+
+def deepseek_v3() -> ModelConfig:
+    """DeepSeek-V3, arXiv:2412.19437, without the module that predicts a second token."""
+    return _deepseek(
+        7168,
+        61,
+        128,
+        18_432,
+        mscale=1.0,
+        vocab_size=129_280,
+        q_rank=1536,
+        num_experts=256,
+        experts_per_token=8,
+        expert_ffn_dim=2048,
+        shared_ffn_dim=2048,
+        num_dense_layers=3,
+        router="sigmoid",
+        router_scale=2.5,
+        router_groups=8,
+        router_top_groups=4,
+    )
+
+
 def _gemma(embed_dim: int, num_layers: int, num_heads: int, num_kv_heads: int, *, ffn_dim: int, **rest) -> ModelConfig:
     """What all Gemmas share: GeGLU, heads of 256, scaled embeddings, norm scales stored less 1."""
     shared = {"vocab_size": 256_000, "max_length": 8192, "rope_theta": 10_000.0}
@@ -339,6 +454,7 @@ PUBLISHED: dict[str, Callable[[], ModelConfig]] = {
         llama2_7b, llama3_8b, llama3_70b, llama3_1_8b, llama3_1_70b, llama3_1_405b, llama3_2_1b,
         smollm2_135m, smollm2_360m, smollm2_1_7b, mistral_7b,
         qwen2_0_5b, qwen2_7b, qwen2_5_0_5b, qwen2_5_7b, qwen3_0_6b, qwen3_8b,
+        mixtral_8x7b, mixtral_8x22b, qwen3_30b_a3b, qwen3_235b_a22b, deepseek_v2_lite, deepseek_v3,
         gemma_2b, gemma_7b, gemma2_2b, gemma2_9b, gemma3_270m, gemma3_1b, gemma3_4b,
         gpt2, gpt2_medium, gpt2_large, gpt2_xl,
     )

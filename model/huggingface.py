@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from model import safetensors_file, weights
 from model.config import ModelConfig
-from model.huggingface_config import from_json, to_json
+from model.huggingface_config import from_json, model_type, to_json
 from model.parameters import Parameters
 from model.weights import Foreign, Slot
 from parallel.config import AxisRules
@@ -78,12 +78,42 @@ GPT2_NAMES = {
 }
 # GPT-2's matrices stand [in, out].
 GPT2_LAYOUTS = {
-    "layers.attention.q": "D (P N H) -> P D N H",
-    "layers.attention.k": "D (P N H) -> P D N H",
-    "layers.attention.v": "D (P N H) -> P D N H",
+    "layers.attention.q": "D (N H)+(K H)+(K H) -> D N H",
+    "layers.attention.k": "D (N H)+(K H)+(K H) -> D K H",
+    "layers.attention.v": "D (N H)+(K H)+(K H) -> D K H",
     "layers.attention.o": "(N H) D -> N H D",
     "layers.ffn.up": "D F -> D F",
     "layers.ffn.down": "F D -> F D",
+}
+# DeepSeek's attention; without a latent for queries they come from q_proj.
+LATENT_NAMES = {
+    "layers.attention.q_down": "model.layers.{l}.self_attn.q_a_proj.weight",
+    "layers.attention.q_norm.scale": "model.layers.{l}.self_attn.q_a_layernorm.weight",
+    "layers.attention.q": "model.layers.{l}.self_attn.q_b_proj.weight",
+    "layers.attention.q_rope": "model.layers.{l}.self_attn.q_b_proj.weight",
+    "layers.attention.kv_down": "model.layers.{l}.self_attn.kv_a_proj_with_mqa.weight",
+    "layers.attention.k_rope": "model.layers.{l}.self_attn.kv_a_proj_with_mqa.weight",
+    "layers.attention.kv_norm.scale": "model.layers.{l}.self_attn.kv_a_layernorm.weight",
+    "layers.attention.k": "model.layers.{l}.self_attn.kv_b_proj.weight",
+    "layers.attention.v": "model.layers.{l}.self_attn.kv_b_proj.weight",
+}
+WHOLE_QUERY_NAMES = {f"layers.attention.{mine}": "model.layers.{l}.self_attn.q_proj.weight" for mine in ("q", "q_rope")}
+# Experts as Qwen and DeepSeek name them, and as Mixtral does.
+EXPERTS_NAMES = {
+    "layers.ffn.router": "model.layers.{l}.mlp.gate.weight",
+    "layers.ffn.router_bias": "model.layers.{l}.mlp.gate.e_score_correction_bias",
+    "layers.ffn.gate": "model.layers.{l}.mlp.experts.{e}.gate_proj.weight",
+    "layers.ffn.up": "model.layers.{l}.mlp.experts.{e}.up_proj.weight",
+    "layers.ffn.down": "model.layers.{l}.mlp.experts.{e}.down_proj.weight",
+    "layers.ffn.shared.gate": "model.layers.{l}.mlp.shared_experts.gate_proj.weight",
+    "layers.ffn.shared.up": "model.layers.{l}.mlp.shared_experts.up_proj.weight",
+    "layers.ffn.shared.down": "model.layers.{l}.mlp.shared_experts.down_proj.weight",
+}
+MIXTRAL_NAMES = {
+    "layers.ffn.router": "model.layers.{l}.block_sparse_moe.gate.weight",
+    "layers.ffn.gate": "model.layers.{l}.block_sparse_moe.experts.{e}.w1.weight",
+    "layers.ffn.up": "model.layers.{l}.block_sparse_moe.experts.{e}.w3.weight",
+    "layers.ffn.down": "model.layers.{l}.block_sparse_moe.experts.{e}.w2.weight",
 }
 # Buffers that some releases stored: rotary frequencies, GPT-2's causal masks.
 BUFFERS = r".*\.rotary_emb\.inv_freq|(transformer\.)?h\.\d+\.attn\.(masked_)?bias"
@@ -93,8 +123,15 @@ def slots(config: ModelConfig) -> list[Slot]:
     """Where each tensor of a checkpoint goes."""
     if config.positions == "learned":
         return weights.slots(config, GPT2_NAMES, weights.LINEAR | weights.FUSED_LINEAR | GPT2_LAYOUTS)
-    names = LLAMA_NAMES | (POST_NORM_NAMES if config.post_norms else {})
-    return weights.slots(config, names, weights.LINEAR)
+    names, layouts = LLAMA_NAMES | (POST_NORM_NAMES if config.post_norms else {}), weights.LINEAR
+    if config.kv_rank:
+        names = names | LATENT_NAMES | ({} if config.q_rank else WHOLE_QUERY_NAMES)
+        layouts = layouts | weights.LATENT_LINEAR
+    if config.num_experts:
+        experts = MIXTRAL_NAMES if model_type(config) == "mixtral" else EXPERTS_NAMES
+        names = weights.with_dense_layers(names) | experts
+        layouts = weights.with_dense_layers(layouts) | weights.EXPERTS_LINEAR
+    return weights.slots(config, names, layouts)
 
 
 def load(
@@ -200,7 +237,7 @@ def save(
     leaves = dict(weights.leaves(parameters))
 
     def make(name: str) -> np.ndarray:
-        return weights.to_foreign(tensors[name], [_layer(config, leaves, slot) for slot in tensors[name]], config)
+        return weights.to_foreign(tensors[name], [_filled(leaves, slot) for slot in tensors[name]], config)
 
     shards = _shards(shapes, kind.itemsize, max_shard_bytes)
     files = [SINGLE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
@@ -222,12 +259,9 @@ def _tensors(config: ModelConfig) -> dict[str, list[Slot]]:
     return {name: sorted(group, key=lambda slot: slot.part or 0) for name, group in found.items()}
 
 
-def _layer(config: ModelConfig, leaves: Mapping[str, jax.Array], slot: Slot) -> np.ndarray:
-    """The parameter of a slot, of its one layer, on the host."""
-    leaf = leaves[slot.path]
-    if config.scan_layers and slot.path.startswith("layers."):
-        leaf = leaf[int(re.findall(r"\d+", slot.name)[0])]
-    return np.asarray(leaf)
+def _filled(leaves: Mapping[str, jax.Array], slot: Slot) -> np.ndarray:
+    """What fills a slot, on the host."""
+    return np.asarray(leaves[slot.path][slot.index])
 
 
 def _shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int, max_bytes: int) -> list[list[str]]:

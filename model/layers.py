@@ -6,13 +6,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
 
 from model.config import ModelConfig, RopeScaling
 from ops.slabs import Slabs
-from parallel.sharding import Names, einsum, place
+from parallel.sharding import Names, added, einsum, manual_axes, part_index, place, relaid
 
 Key = jax.Array
+TOGETHER = ("batch", "seq", "act_embed")  # activations where tokens meet
+RESIDUAL = ("batch", "residual_seq", "act_embed")  # between blocks, where every token is on its own
 
 
 def matrix(key: Key, shape: tuple[int, ...], names: Names, *, fan_in: int, scale: float = 1.0) -> nnx.Param:
@@ -115,11 +118,21 @@ def _yarn(plain: list[float], head_dim: int, theta: float, scaling: RopeScaling)
     return [f * (1 - s) + f / scaling.factor * s for f, s in zip(plain, stretched, strict=True)]
 
 
-def look_up(table: Float[Array, "V D"] | Slabs, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """Rows of an embedding table."""
+def look_up(table: Float[Array, "V D"] | Slabs, tokens: Int[Array, "B T"]) -> Float[Array, "B t D"]:
+    """Rows of an embedding table, laid out as RESIDUAL."""
     if isinstance(table, Slabs):
         return table.take(tokens)
-    return jnp.take(place(table, ("vocab", None)), tokens, axis=0)  # all-gather over fsdp, before the look-up
+    mine, is_mine = my_rows(tokens, table)
+    rows = jnp.take(place(table, ("vocab", None)), mine, axis=0)  # automatic: all-gather over fsdp before the look-up
+    return added(jnp.where(is_mine[..., None], rows, 0) if manual_axes("vocab") else rows, "vocab", RESIDUAL)
+
+
+def my_rows(ids: Int[Array, "..."], table: Float[Array, "V D"]) -> tuple[Int[Array, "..."], Bool[Array, "..."]]:
+    """Ids as rows of this device's part of a table whose V may be split, and whether they are in it."""
+    V, _ = table.shape
+    mine = ids - part_index(manual_axes("vocab")) * V
+    is_mine = (mine >= 0) & (mine < V)
+    return jnp.where(is_mine, mine, 0), is_mine
 
 
 class Embedding(nnx.Module):
@@ -135,12 +148,13 @@ class Embedding(nnx.Module):
         if config.positions == "learned":
             self.positions = matrix(position_key, (config.max_length, D), (None, "embed"), fan_in=D)
 
-    def __call__(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    def __call__(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B t D"]:
         x = look_up(self.tokens[...], tokens).astype(self.dtype)
         x = x * jnp.asarray(self.scale, self.dtype)
         if self.positions is not None:
+            positions = relaid(positions, TOGETHER[:2], RESIDUAL[:2])
             x = x + jnp.take(self.positions[...], positions, axis=0, mode="clip").astype(self.dtype)
-        return place(x, ("batch", "seq", "act_embed"))
+        return place(x, RESIDUAL)
 
 
 def _relu_squared(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -169,12 +183,14 @@ class FeedForward(nnx.Module):
         self.up_bias = constant(0.0, (F,), ("ffn",)) if config.ffn_bias else nnx.data(None)
         self.down_bias = constant(0.0, (D,), (None,)) if config.ffn_bias else nnx.data(None)
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        names = ("batch", "seq", "act_ffn")
+    def __call__(self, x: Float[Array, "B t D"]) -> Float[Array, "B t D"]:
+        """x and what comes out are laid out as RESIDUAL."""
+        x, names = relaid(x, RESIDUAL, TOGETHER), ("batch", "seq", "act_ffn")
         h = add_bias(einsum("BTD,DF->BTF", x, self.up[...], out=names), self.up_bias)
         if self.gate is None:
-            h = ACTIVATIONS[self.act](h)
+            h = ACTIVATIONS[self.act](checkpoint_name(h, "ffn_up"))
         else:
-            h = ACTIVATIONS[self.act](einsum("BTD,DF->BTF", x, self.gate[...], out=names)) * h
-        y = einsum("BTF,FD->BTD", h, self.down[...], out=("batch", "seq", "act_embed"))  # all-reduce over tensor
+            gate = checkpoint_name(einsum("BTD,DF->BTF", x, self.gate[...], out=names), "ffn_gate")
+            h = ACTIVATIONS[self.act](gate) * checkpoint_name(h, "ffn_up")
+        y = einsum("BTF,FD->BTD", h, self.down[...], sums="act_ffn", out=RESIDUAL)
         return add_bias(y, self.down_bias)

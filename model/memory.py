@@ -1,4 +1,7 @@
-"""What a query can look back at: the batch itself (Packed), a cache (Dense) or one that begins. Knows no weights."""
+"""What a query can look back at: the batch itself (Packed, Ring, GatheredKV) or a cache (Dense, Beginning).
+
+Knows no weights.
+"""
 
 import dataclasses
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -10,7 +13,11 @@ from jaxtyping import Array, Float, Int
 
 from model.config import ModelConfig
 from ops import attention
+from ops.attention import Places
+from parallel import ring_attention
 from parallel.sharding import place
+
+KERNELS = {"plain": attention}  # modules with `forward` and `backward`: attention to keys in any order
 
 CACHE_NAMES = ("batch", "act_heads", None, None)
 
@@ -51,10 +58,47 @@ class Memory(Protocol):
 class Packed:
     """Training's memory: the keys are the batch itself, documents apart by segment. Holds nothing."""
 
+    kernel: str = dataclasses.field(default="plain", metadata={"static": True})  # a key of OWN_ROWS
+
     def attend(self, q, k, v, queries: Queries, rule: Rule):
         """Causal attention inside each document of a row."""
-        scale, softcap, window = rule
-        return attention.causal(q, k, v, queries.segments, window=window, scale=scale, softcap=softcap), self
+        return OWN_ROWS[self.kernel](q, k, v, Places(*queries), **rule._asdict()), self
+
+
+def _plain(q, k, v, at: Places, **rule):
+    return attention.causal(q, k, v, at.segments, **rule)
+
+
+OWN_ROWS = {"plain": _plain}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ring:
+    """Training's memory where a row is split over devices: keys pass by in turn. Inside a manual `shard_map` only."""
+
+    axes: tuple[str, ...] = dataclasses.field(metadata={"static": True})  # mesh axes that split the row
+    balanced: bool = dataclasses.field(metadata={"static": True})  # tokens are in the order of ring_attention.zigzag
+    kernel: str = dataclasses.field(default="plain", metadata={"static": True})  # a key of KERNELS
+
+    def attend(self, q, k, v, queries: Queries, rule: Rule):
+        """Causal attention inside each document of a row, whichever devices hold it."""
+        how = {"axes": self.axes, "balanced": self.balanced, "kernel": KERNELS[self.kernel]}
+        return ring_attention.ring(q, k, v, Places(*queries), **how, **rule._asdict()), self
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GatheredKV:
+    """As Ring, by gathering the keys of the whole row first. Any order of tokens."""
+
+    axes: tuple[str, ...] = dataclasses.field(metadata={"static": True})  # mesh axes that split the row
+    kernel: str = dataclasses.field(default="plain", metadata={"static": True})  # a key of KERNELS
+
+    def attend(self, q, k, v, queries: Queries, rule: Rule):
+        """Causal attention inside each document of a row, whichever devices hold it."""
+        how = {"axes": self.axes, "kernel": KERNELS[self.kernel]}
+        return ring_attention.gathered(q, k, v, Places(*queries), **how, **rule._asdict()), self
 
 
 @jax.tree_util.register_dataclass

@@ -48,21 +48,31 @@ def unrolled(config: ModelConfig, parameters: Parameters) -> tuple[ModelConfig, 
     """The same decoder with layers apart instead of stacked, which decoding wants: no slicing of weights a step."""
     if not config.scan_layers:
         return config, parameters
-    layers = {l: jax.tree.map(lambda w, l=l: w[l], parameters["layers"]) for l in range(config.num_layers)}
-    return dataclasses.replace(config, scan_layers=False), {**parameters, "layers": layers}
+    sizes = {"dense_layers": config.num_dense_layers, "layers": config.num_layers - config.num_dense_layers}
+    apart = {
+        stack: {l: jax.tree.map(lambda w, l=l: w[l], parameters[stack]) for l in range(size)}
+        for stack, size in sizes.items()
+        if size
+    }
+    return dataclasses.replace(config, scan_layers=False), {**parameters, **apart}
+
+
+COUNTED = ("layers", "experts")  # dims that count matrices
+INPUTS = ("embed", "expert_embed", "rank")  # dims of what a token is between products
 
 
 def summed_dims(names: Names) -> tuple[int, ...] | None:
     """Which dims a product with this parameter sums over; None where it is no matrix (norms, biases, positions).
 
         (embed, heads, head) -> (0,)    (heads, head, embed) -> (0, 1)    (vocab, embed) -> (1,)
+        (rank, heads, head) -> (0,)     (experts, expert_embed, expert_ffn) -> (1,)
 
-    A leading "layers" is counted but never summed over.
+    A leading "layers" or "experts" is counted but never summed over.
     """
-    dims = [dim for dim, name in enumerate(names) if name != "layers"]
-    if len(dims) < 2 or "embed" not in names or None in names:
+    dims = [dim for dim, name in enumerate(names) if name not in COUNTED]
+    if len(dims) < 2 or None in names or not any(name in INPUTS for name in names):
         return None
-    return (dims[0],) if names[dims[0]] == "embed" else (dims[-1],) if "vocab" in names else tuple(dims[:-1])
+    return (dims[0],) if names[dims[0]] in INPUTS else (dims[-1],) if "vocab" in names else tuple(dims[:-1])
 
 
 def initialize(config: ModelConfig, mesh: Mesh, rules: AxisRules, *, key: jax.Array) -> Parameters:

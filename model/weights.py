@@ -5,6 +5,8 @@ beside the parameters themselves.
 """
 
 import dataclasses
+import itertools
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -47,23 +49,53 @@ LINEAR = {
     "layers.ffn.down_bias": "D -> D",
     "layers.ffn_post_norm.scale": "D -> D",
 }
-# GPT-2's q, k and v in one tensor, as nn.Linear has it; P counts the parts.
-FUSED_LINEAR = {f"layers.attention.{mine}": "(P N H) D -> P D N H" for mine in "qkv"} | {
-    f"layers.attention.{mine}_bias": "(P N H) -> P N H" for mine in "qkv"
+# GPT-2's q, k and v in one tensor, as nn.Linear has it.
+FUSED_LINEAR = {
+    "layers.attention.q": "(N H)+(K H)+(K H) D -> D N H",
+    "layers.attention.k": "(N H)+(K H)+(K H) D -> D K H",
+    "layers.attention.v": "(N H)+(K H)+(K H) D -> D K H",
+    "layers.attention.q_bias": "(N H)+(K H)+(K H) -> N H",
+    "layers.attention.k_bias": "(N H)+(K H)+(K H) -> K H",
+    "layers.attention.v_bias": "(N H)+(K H)+(K H) -> K H",
+}
+# DeepSeek's attention: each head's part without position, then its rotary pairs (2h, 2h + 1); Q is the queries' rank.
+LATENT_LINEAR = {
+    "layers.attention.q_down": "Q D -> D Q",
+    "layers.attention.q_norm.scale": "Q -> Q",
+    "layers.attention.q": "(N n+(h two)) Q -> Q N n",
+    "layers.attention.q_rope": "(N n+(h two)) Q -> Q N (two h)",
+    "layers.attention.kv_down": "R+(h two) D -> D R",
+    "layers.attention.kv_norm.scale": "R -> R",
+    "layers.attention.k": "(N n+W) R -> R N n",
+    "layers.attention.k_rope": "R+(h two) D -> D (two h)",
+    "layers.attention.v": "(N n+W) R -> R N W",
+    "layers.attention.o": "D (N W) -> N W D",
+}
+# A mixture of experts, one tensor an expert; f is the width of one, s of the shared ones.
+EXPERTS_LINEAR = {
+    "layers.ffn.router": "E D -> D E",
+    "layers.ffn.router_bias": "E -> E",
+    "layers.ffn.gate": "f D -> D f",
+    "layers.ffn.up": "f D -> D f",
+    "layers.ffn.down": "D f -> f D",
+    "layers.ffn.shared.gate": "s D -> D s",
+    "layers.ffn.shared.up": "s D -> D s",
+    "layers.ffn.shared.down": "D s -> s D",
 }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Slot:
-    """One foreign tensor, or one part of it, and the parameter it fills.
+    """One foreign tensor, or one part of it, and the parameter it fills, or the part of it.
 
     Slot(name="model.layers.{l}.self_attn.q_proj.weight", path="layers.attention.q", layout="(N H) D -> D N H")
     """
 
-    name: str  # of the foreign tensor; {l} is the layer
+    name: str  # of the foreign tensor; {l} is the layer, {e} the expert
     path: str  # of our leaf, dotted
-    layout: str  # einops pattern, foreign -> ours, in the letters of the alphabet; P counts parts
-    part: int | None = None  # which of the P equal parts of the foreign tensor, where it holds several leaves
+    layout: str  # einops pattern, foreign -> ours, in the letters of the alphabet; a+b is one dim, a's part before b's
+    part: int | None = None  # which of the parts of a dim a+b, where the foreign tensor holds several leaves
+    index: tuple[int, ...] = ()  # where in the leaf: its layer where layers are stacked, its expert
     added: float = 0.0  # what the foreign format adds to our numbers
 
 
@@ -79,46 +111,81 @@ def slots(
     config: ModelConfig, names: Mapping[str, str], layouts: Mapping[str, str], *, added_to_norms: float = 0.0
 ) -> list[Slot]:
     """One slot for each leaf that this config has, layers counted once: the tree says which leaves there are."""
-    paths = dict.fromkeys(re.sub(r"^layers\.\d+\.", "layers.", path) for path, _ in leaves(abstract(config).shapes))
+    paths = dict.fromkeys(re.sub(r"layers\.\d+\.", "layers.", path) for path, _ in leaves(abstract(config).shapes))
     found = []
     for path in paths:
-        part = "qkv".index(path.split(".")[-1][0]) if "P" in layouts[path] else None
+        name, layout = names[path], layouts[path]
+        stack = path.split(".")[0]
+        sharing = [mine for mine in names if names[mine] == name and mine.split(".")[0] == stack]
+        part = sharing.index(path) if "+" in layout else None
         added = added_to_norms if path.endswith("norm.scale") else 0.0
-        found.append(Slot(name=names[path], path=path, layout=layouts[path], part=part, added=added))
+        found.append(Slot(name=name, path=path, layout=layout, part=part, added=added))
     return found
+
+
+def with_dense_layers(table: Mapping[str, str]) -> dict[str, str]:
+    """A table of names or layouts that also has the layers before those with experts."""
+    return {**table, **{f"dense_{path}": value for path, value in table.items() if path.startswith("layers.")}}
 
 
 def sizes(config: ModelConfig) -> dict[str, int]:
     """Length of each letter that a layout may use."""
     return {
         "V": config.vocab_size, "D": config.embed_dim, "N": config.num_heads, "K": config.num_kv_heads,
-        "H": config.head_dim, "F": config.ffn_dim, "S": config.max_length, "h": config.head_dim // 2, "two": 2, "P": 3,
+        "H": config.head_dim, "F": config.ffn_dim, "S": config.max_length, "h": config.rotary_dim // 2, "two": 2,
+        "n": config.head_dim - config.rotary_dim, "W": config.value_dim or config.head_dim,
+        "R": config.kv_rank, "Q": config.q_rank or config.embed_dim,
+        "E": config.num_experts, "f": config.expert_ffn_dim, "s": config.shared_ffn_dim,
     }  # fmt: skip
 
 
-def _letters(layout: str, config: ModelConfig) -> dict[str, int]:
+JOINT = re.compile(r"(?:\([^()+]*\)|\w+)(?:\+(?:\([^()+]*\)|\w+))+")  # a dim of parts: n+(h two)
+
+
+def _sides(layout: str) -> tuple[str, list[str], str]:
+    """The foreign side, its dim of parts written J, these parts, and our side."""
+    foreign, ours = layout.split(" -> ")
+    joint = JOINT.search(foreign)
+    return JOINT.sub("J", foreign), joint[0].split("+") if joint else [], ours
+
+
+def _letters(pattern: str, config: ModelConfig, parts: list[str]) -> dict[str, int]:
     known = sizes(config)
-    return {letter: known[letter] for letter in set(re.findall(r"\w+", layout))}
+    known |= {"J": sum(math.prod(known[letter] for letter in re.findall(r"\w+", part)) for part in parts)}
+    return {letter: known[letter] for letter in set(re.findall(r"\w+", pattern))}
 
 
 def foreign_shape(layout: str, config: ModelConfig) -> tuple[int, ...]:
-    """Shape of the foreign side: "(N H) D -> D N H" is (N * H, D)."""
-    known = sizes(config)
-    dims = re.findall(r"\([^)]*\)|\w+", layout.split("->")[0])
-    return tuple(int(np.prod([known[letter] for letter in re.findall(r"\w+", dim)])) for dim in dims)
+    """Shape of the foreign side: "(N H) D -> D N H" is (N * H, D), "R+(h two) D -> …" is (R + 2h, D)."""
+    foreign, parts, _ = _sides(layout)
+    known = _letters(foreign, config, parts)
+    dims = re.findall(r"\([^)]*\)|\w+", foreign)
+    return tuple(math.prod(known[letter] for letter in re.findall(r"\w+", dim)) for dim in dims)
 
 
 def to_ours(slot: Slot, tensor: np.ndarray, config: ModelConfig) -> np.ndarray:
-    """The foreign tensor in our layout; a view where the layout allows it."""
-    ours = rearrange(tensor, slot.layout, **_letters(slot.layout, config))
-    return ours if slot.part is None else ours[slot.part]
+    """The foreign tensor, or the slot's part of it, in our layout; a view where the layout allows it."""
+    foreign, parts, ours = _sides(slot.layout)
+    if slot.part is not None:
+        apart = re.sub(r"[()]", "", foreign)
+        tensor = rearrange(tensor, f"{foreign} -> {apart}", **_letters(foreign, config, parts))
+        starts = [_letters("J", config, parts[:count])["J"] for count in (slot.part, slot.part + 1)]
+        tensor = tensor[(slice(None),) * apart.split().index("J") + (slice(*starts),)]
+        foreign = apart.replace("J", parts[slot.part])
+    return rearrange(tensor, f"{foreign} -> {ours}", **_letters(foreign, config, parts))
 
 
 def to_foreign(slots: list[Slot], leaves: list[np.ndarray], config: ModelConfig) -> np.ndarray:
     """The foreign tensor that these slots, in order of part, are cut from."""
-    foreign, arrow, ours = slots[0].layout.partition("->")
-    array = leaves[0] if slots[0].part is None else np.stack(leaves)
-    return rearrange(array, f"{ours}{arrow}{foreign}", **_letters(slots[0].layout, config))
+    foreign, parts, ours = _sides(slots[0].layout)
+    if not parts:
+        return rearrange(leaves[0], f"{ours} -> {foreign}", **_letters(foreign, config, parts))
+    apart, cuts = re.sub(r"[()]", "", foreign), []
+    for slot, leaf, part in zip(slots, leaves, parts, strict=True):
+        *_, ours = _sides(slot.layout)
+        cuts.append(rearrange(leaf, f"{ours} -> {apart.replace('J', part)}", **_letters(ours, config, parts)))
+    whole = np.concatenate(cuts, axis=apart.split().index("J"))
+    return rearrange(whole, f"{apart} -> {foreign}", **_letters(foreign, config, parts))
 
 
 def leaves(tree: Mapping[Any, Any], section: str = "") -> Iterator[tuple[str, Any]]:
@@ -131,16 +198,19 @@ def leaves(tree: Mapping[Any, Any], section: str = "") -> Iterator[tuple[str, An
 
 
 def by_leaf(slots: Iterable[Slot], config: ModelConfig) -> dict[str, list[Slot]]:
-    """For each leaf of the tree, the slots of its layers in order, each with its layer in the name (and the path)."""
+    """For each leaf of the tree its slots in order, one a layer and expert, which the name and the index say."""
     filled: dict[str, list[Slot]] = {}
     for slot in slots:
-        layered = "{l}" in slot.name
-        for l in range(config.num_layers if layered else 1):
-            path = slot.path
-            if layered and not config.scan_layers:
-                path = path.replace("layers.", f"layers.{l}.", 1)
-            name = slot.name.replace("{l}", str(l))
-            filled.setdefault(path, []).append(dataclasses.replace(slot, name=name, path=path))
+        dense, first = slot.path.startswith("dense_layers."), config.num_dense_layers
+        layers = range(1) if "{l}" not in slot.name else range(first) if dense else range(first, config.num_layers)
+        for l, e in itertools.product(layers, range(config.num_experts if "{e}" in slot.name else 1)):
+            path, index = slot.path, (e,) * ("{e}" in slot.name)
+            if "{l}" in slot.name and config.scan_layers:
+                index = (l - layers.start, *index)
+            elif "{l}" in slot.name:
+                path = path.replace("layers.", f"layers.{l - layers.start}.", 1)
+            name = slot.name.replace("{l}", str(l)).replace("{e}", str(e))
+            filled.setdefault(path, []).append(dataclasses.replace(slot, name=name, path=path, index=index))
     return filled
 
 
@@ -175,29 +245,27 @@ def nested(built: dict[str, jax.Array]) -> Parameters:
 def _build(config: ModelConfig, slots: list[Slot], foreign: Foreign, shape: tuple[int, ...], sharding) -> jax.Array:
     """One leaf: every distinct shard is read once, replicas share it."""
     made: dict[str, np.ndarray] = {}
-    stacked = config.scan_layers and slots[0].path.startswith("layers.")
 
     def shard(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index is not None
         if str(index) not in made:
-            made[str(index)] = _read(config, slots, foreign, index if stacked else (slice(0, 1), *index), shape)
+            made[str(index)] = _read(config, slots, foreign, index, shape)
         return made[str(index)]
 
     return jax.make_array_from_callback(shape, sharding, shard)
 
 
 def _read(config, slots: list[Slot], foreign: Foreign, index: tuple[slice, ...], shape: tuple[int, ...]) -> np.ndarray:
-    """The part of a leaf at `index`, whose first entry says which of the slots, one a layer."""
-    which, *within = index
-    dims = shape[len(shape) - len(within) :]
-    extents = [len(range(*cut.indices(dim))) for cut, dim in zip(within, dims, strict=True)]
-    chosen = slots[which]
-    out = np.empty([len(chosen), *extents], np.float32)
-    for row, slot in zip(out, chosen, strict=True):
-        row[...] = to_ours(slot, foreign.read(slot.name), config)[tuple(within)]
-        if slot.added:
-            row -= np.float32(slot.added)
-    return out if len(dims) < len(shape) else out[0]
+    """The part of a leaf at `index`, whose first entries say which of the slots, one a layer and expert."""
+    spans = [range(*cut.indices(dim)) for cut, dim in zip(index, shape, strict=True)]
+    out = np.empty([len(span) for span in spans], np.float32)
+    for slot in slots:
+        if all(place in span for place, span in zip(slot.index, spans, strict=False)):
+            where = tuple(place - span.start for place, span in zip(slot.index, spans, strict=False))
+            out[where] = to_ours(slot, foreign.read(slot.name), config)[index[len(where) :]]
+            if slot.added:
+                out[where] -= np.float32(slot.added)
+    return out
 
 
 def check(config: ModelConfig, slots: list[Slot], foreign: Foreign, *, spare: str) -> None:

@@ -1,5 +1,7 @@
 """The slow truth in plain jnp: what every fast kernel must equal. Knows no mesh."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -39,3 +41,27 @@ def attention(
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v)
     return rearrange(out, "B T K G H -> B T (K G) H")
+
+
+def grouped_matmul(
+    x: Float[Array, "rows D"], w: Float[Array, "E D F"], sizes: Int[Array, "E"]
+) -> Float[Array, "rows F"]:
+    """Each row times the matrix of its group, rows sorted by group; zeros beyond the last group."""
+    group = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(x)), side="right")
+    return jnp.einsum("ME,MD,EDF->MF", jax.nn.one_hot(group, len(w), dtype=x.dtype), x, w)
+
+
+def mixture(
+    x: Float[Array, "tokens D"],
+    gates: Float[Array, "tokens A"],
+    chosen: Int[Array, "tokens A"],
+    gate: Float[Array, "E D F"],
+    up: Float[Array, "E D F"],
+    down: Float[Array, "E F D"],
+    *,
+    activation: Callable[[Array], Array],
+) -> Float[Array, "tokens D"]:
+    """Every token through every expert's gated FFN, weighed by its gate; 0 for experts that it did not choose."""
+    hidden = activation(jnp.einsum("MD,EDF->EMF", x, gate)) * jnp.einsum("MD,EDF->EMF", x, up)
+    weights = jnp.einsum("MAE,MA->ME", jax.nn.one_hot(chosen, len(gate)), gates).astype(x.dtype)
+    return jnp.einsum("EMF,EFD,ME->MD", hidden, down, weights)

@@ -9,9 +9,12 @@ MeshAxes = str | tuple[str, ...] | None
 class MeshConfig:
     """Devices along each mesh axis. Every axis always exists; an unused one has size 1; one may be -1: all the rest."""
 
-    data: int = -1  # replicas of the parameters, each with its part of the batch
+    pipe: int = 1  # layers split into stages, which work on different microbatches
+    data: int = -1  # replicas of the parameters, each with its part of the batch; the axis that may span slices
     fsdp: int = 1  # parameters, moments and batch split; parameters gathered where used
-    tensor: int = 1  # heads, FFN and vocabulary split
+    expert: int = 1  # experts split, and the batch; tokens travel to their experts
+    context: int = 1  # sequences split; keys and values travel to the queries
+    tensor: int = 1  # heads, FFN and vocabulary split; between blocks, the sequence
 
     def __post_init__(self):
         sizes = dataclasses.asdict(self)
@@ -26,11 +29,11 @@ class MeshConfig:
         sizes = dataclasses.asdict(self)
         fixed = 1
         for size in sizes.values():
-            fixed *= max(size, 1) if size != -1 else 1
+            fixed *= max(size, 1)
         if num_devices % fixed or (fixed != num_devices and -1 not in sizes.values()):
-            shape = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+            shape = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1)
             raise ValueError(
-                f"mesh {shape} asks for {fixed} devices but {num_devices} are here; "
+                f"mesh {shape or 'of size 1'} asks for {fixed} devices but {num_devices} are here; "
                 "the product must equal the devices: set one axis to -1 to take the rest"
             )
         return {axis: num_devices // fixed if size == -1 else size for axis, size in sizes.items()}
@@ -40,15 +43,20 @@ class MeshConfig:
 class AxisRules:
     """Which mesh axes split each logical name; None keeps it whole. Activations have names of their own."""
 
-    batch: MeshAxes = ("data", "fsdp")  # B
-    seq: MeshAxes = None  # T
+    batch: MeshAxes = ("data", "fsdp", "expert")  # B
+    seq: MeshAxes = "context"  # T where tokens meet: attention, loss
+    residual_seq: MeshAxes = ("context", "tensor")  # T between blocks: norms and residuals (arXiv:2205.05198)
     act_embed: MeshAxes = None  # D of activations
     act_heads: MeshAxes = "tensor"  # N and K of activations
     act_ffn: MeshAxes = "tensor"  # F of activations
     act_vocab: MeshAxes = "tensor"  # V of logits
-    layers: MeshAxes = None  # L
-    embed: MeshAxes = "fsdp"  # D of parameters
+    layers: MeshAxes = "pipe"  # L
+    embed: MeshAxes = ("fsdp", "expert", "context")  # D of parameters
     heads: MeshAxes = "tensor"  # N and K of parameters
     head: MeshAxes = None  # H
+    rank: MeshAxes = None  # R of low-rank projections
     ffn: MeshAxes = "tensor"  # F of parameters
     vocab: MeshAxes = "tensor"  # V of the embedding tables
+    experts: MeshAxes = "expert"  # E
+    expert_embed: MeshAxes = ("fsdp", "context")  # D of the experts' parameters
+    expert_ffn: MeshAxes = "tensor"  # F of the experts' parameters

@@ -1,31 +1,49 @@
-"""Logical names to shardings: the one place where "heads" becomes a mesh axis. Knows no model.
+"""Logical names to shardings and to collectives: the one place where "heads" becomes a mesh axis. Knows no model.
 
 A layout (mesh and rules) is ambient while a function is traced: `with use(mesh, rules):` inside the jitted function.
+Under it the same model code runs in two ways. *Automatic*: arrays are whole, names become constraints, XLA finds the
+communication (initialisation, inference). *Manual*, inside `shard_map`: arrays are one device's part, and the functions
+here are the collectives (training). What is differentiated there is the sum of all devices' shares of the loss; every
+collective is a linear map of all devices' numbers, and its derivative is that map transposed: a gather's is a
+reduce-scatter, a sum's a sum.
 """
 
 import contextlib
 import contextvars
 import dataclasses
+import functools
+import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, Num
 
 from ops.slabs import Slabs
 from parallel.config import AxisRules, MeshAxes
+from parallel.mesh import FSDP
 
 Names = tuple[str | None, ...]
 
-_LAYOUT: contextvars.ContextVar[tuple[Mesh, AxisRules] | None] = contextvars.ContextVar("layout", default=None)
+
+class Layout(NamedTuple):
+    """What names mean while a function is traced."""
+
+    mesh: Mesh
+    rules: AxisRules
+    is_manual: bool
+
+
+_LAYOUT: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout", default=None)
 
 
 @contextlib.contextmanager
-def use(mesh: Mesh, rules: AxisRules) -> Iterator[None]:
-    """Make `mesh` and `rules` the layout of everything traced inside."""
-    token = _LAYOUT.set((mesh, rules))
+def use(mesh: Mesh, rules: AxisRules, *, manual: bool = False) -> Iterator[None]:
+    """Make `mesh` and `rules` the layout of everything traced inside; `manual` inside a shard_map over all axes."""
+    token = _LAYOUT.set(Layout(mesh, rules, manual))
     try:
         yield
     finally:
@@ -33,13 +51,15 @@ def use(mesh: Mesh, rules: AxisRules) -> Iterator[None]:
 
 
 def _axes(bound: MeshAxes) -> tuple[str, ...]:
-    return () if bound is None else (bound,) if isinstance(bound, str) else bound
+    """The axes of the mesh itself: `fsdp` is three of them."""
+    named = () if bound is None else (bound,) if isinstance(bound, str) else bound
+    return tuple(part for axis in named for part in (FSDP if axis == "fsdp" else (axis,)))
 
 
-def spec(names: Names, rules: AxisRules) -> P:
-    """Partition of an array whose dims have these logical names.
+def spec(names: Names, rules: AxisRules, mesh: Mesh) -> P:
+    """Partition of an array whose dims have these logical names, over the axes of `mesh` that are larger than 1.
 
-        spec(("embed", "heads", "head"), AxisRules()) == P("fsdp", "tensor", None)
+        spec(("embed", "heads", "head"), AxisRules(), mesh of fsdp=4, tensor=2) == P("fsdp", "tensor", None)
 
     Raises ValueError for a name that no rule binds, or a mesh axis that would split two dims.
     """
@@ -57,17 +77,16 @@ def spec(names: Names, rules: AxisRules) -> P:
                     "bind one of the two rules to another axis or to none"
                 )
             used[axis] = name or ""
+        axes = tuple(axis for axis in axes if mesh.shape[axis] > 1)
         entries.append(None if not axes else axes[0] if len(axes) == 1 else axes)
     return P(*entries)
 
 
 def sharding(names: Names, shape: tuple[int, ...], mesh: Mesh, rules: AxisRules) -> NamedSharding:
     """Sharding of a parameter; raises ValueError where the mesh does not divide a dim."""
-    partition = spec(names, rules)
+    partition = spec(names, rules, mesh)
     for name, dim, bound in zip(names, shape, partition, strict=True):
-        parts = 1
-        for axis in _axes(bound):
-            parts *= mesh.shape[axis]
+        parts = math.prod(mesh.shape[axis] for axis in _axes(bound))
         if dim % parts:
             raise ValueError(
                 f"dim {name!r} of size {dim} (shape {shape}) does not divide over {parts} devices of mesh axis "
@@ -76,19 +95,143 @@ def sharding(names: Names, shape: tuple[int, ...], mesh: Mesh, rules: AxisRules)
     return NamedSharding(mesh, partition)
 
 
-def place(x: Array, names: Names) -> Array:
-    """Constrain an activation to the ambient layout; without one, or on one device, it is left alone."""
+# Automatic
+
+
+def place(x: Num[Array, "..."], names: Names) -> Num[Array, "..."]:
+    """Constrain an activation to the ambient automatic layout; otherwise, or on one device, it is left alone."""
     layout = _LAYOUT.get()
-    if layout is None or layout[0].size == 1:
+    if layout is None or layout.is_manual or layout.mesh.size == 1:
         return x
-    mesh, rules = layout
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(names, rules)))
+    mesh, rules, _ = layout
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(names, rules, mesh)))
 
 
-def einsum(equation: str, x: Float[Array, "..."], w: Float[Array, "..."] | Slabs, *, out: Names) -> Float[Array, "..."]:
+# Both
+
+
+def einsum(
+    equation: str, x: Float[Array, "..."], w: Float[Array, "..."] | Slabs, *, out: Names, sums: str | None = None
+) -> Float[Array, "..."]:
     """`jnp.einsum` with the weight cast to the activation's type and the result's layout named.
 
-    A contraction over a split dim leaves partial sums; `out` says where they are reduced.
+    `sums` is the logical name of a summed dim that the mesh may split: the partial sums are added up here, and where
+    `out` splits a dim over the same axis, each device gets its part alone (a reduce-scatter).
     """
     w = w.astype(x.dtype)
-    return place(w.einsum(equation, x) if isinstance(w, Slabs) else jnp.einsum(equation, x, w), out)
+    y = w.einsum(equation, x) if isinstance(w, Slabs) else jnp.einsum(equation, x, w)
+    return place(y, out) if sums is None else added(y, sums, out)
+
+
+def added(x: Float[Array, "..."], sums: str, out: Names) -> Float[Array, "..."]:
+    """Partial sums over the devices that split the name `sums`, added up and laid out as `out`."""
+    layout, axes = _LAYOUT.get(), manual_axes(sums)
+    if layout is None or not axes:
+        return relaid(x, tuple("seq" if name == "residual_seq" else name for name in out), out)
+    partition = spec(out, layout.rules, layout.mesh)
+    for axis in axes:
+        dims = [dim for dim, bound in enumerate(partition) if axis in _axes(bound)]
+        x = jax.lax.psum_scatter(x, axis, scatter_dimension=dims[0], tiled=True) if dims else jax.lax.psum(x, axis)
+    return x
+
+
+def relaid(x: Num[Array, "..."], was: Names, now: Names) -> Num[Array, "..."]:
+    """An activation laid out as `was`, laid out as `now`: gathered over axes that no longer split it, cut by new ones."""
+    layout = _LAYOUT.get()
+    if layout is None or not layout.is_manual:
+        return place(x, now)
+    pairs = zip(spec(was, layout.rules, layout.mesh), spec(now, layout.rules, layout.mesh), strict=True)
+    for dim, (old, new) in enumerate(pairs):
+        old, new = _axes(old), _axes(new)
+        shared = old[: len(new)] if old[: len(new)] == new else new[: len(old)]
+        assert shared in (old, new), f"{was} -> {now}: dim {dim} would have to be reordered"
+        for axis in reversed(old[len(shared) :]):
+            x = jax.lax.all_gather(x, axis, axis=dim, tiled=True)
+        for axis in new[len(shared) :]:
+            size = x.shape[dim] // layout.mesh.shape[axis]
+            x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axis) * size, size, dim)
+    return x
+
+
+# Manual
+
+
+def manual_axes(*names: str) -> tuple[str, ...]:
+    """The mesh axes, larger than 1, that split these logical names in a manual layout; none elsewhere."""
+    layout = _LAYOUT.get()
+    if layout is None or not layout.is_manual:
+        return ()
+    axes = dict.fromkeys(axis for name in names for axis in _axes(getattr(layout.rules, name)))
+    return tuple(axis for axis in axes if layout.mesh.shape[axis] > 1)
+
+
+def num_parts(axes: tuple[str, ...]) -> int:
+    """Devices along these mesh axes."""
+    layout = _LAYOUT.get()
+    return 1 if layout is None else math.prod(layout.mesh.shape[axis] for axis in axes)
+
+
+def num_copies() -> int:
+    """How many devices hold the same tokens: each takes that part of a sum over tokens as its own."""
+    layout = _LAYOUT.get()
+    if layout is None or not layout.is_manual:
+        return 1
+    return layout.mesh.size // num_parts(manual_axes("batch", "seq"))
+
+
+def part_index(axes: tuple[str, ...]) -> Int[Array, ""]:
+    """Which part of a dim that these axes split is this device's."""
+    index = jnp.int32(0)
+    for axis in axes:
+        index = index * num_parts((axis,)) + jax.lax.axis_index(axis)
+    return index
+
+
+def everywhere() -> tuple[str, ...]:
+    """All mesh axes larger than 1 of a manual layout."""
+    layout = _LAYOUT.get()
+    if layout is None or not layout.is_manual:
+        return ()
+    return tuple(axis for axis, size in layout.mesh.shape.items() if size > 1)
+
+
+def whole(w: Float[Array, "..."], names: Names) -> Float[Array, "..."]:
+    """A parameter gathered over the axes that split tokens, too: each device needs all of it for its own tokens.
+
+    Experts stay where they are: their tokens come to them. The gradient is reduced and scattered the same way back.
+    """
+    for dim, name in enumerate(names):
+        axes = manual_axes(name) if name not in (None, "experts") else ()
+        axes = tuple(axis for axis in axes if axis in manual_axes("batch", "seq"))
+        if axes:
+            w = _gathered(w, axes, dim)
+    return w
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(w: Float[Array, "..."], axes: tuple[str, ...], dim: int) -> Float[Array, "..."]:
+    """All-gather along `dim`, one mesh axis after the other: over more than one at once, XLA makes all-reduces of it."""
+    for axis in reversed(axes):
+        w = jax.lax.all_gather(w, axis, axis=dim, tiled=True)
+    return w
+
+
+def _gathered_forward(w, axes, dim):
+    return _gathered(w, axes, dim), None
+
+
+def _gathered_backward(axes, dim, _, grad):
+    """A reduce-scatter for each axis, so that each is one ring of the torus."""
+    for axis in axes:
+        grad = jax.lax.psum_scatter(grad, axis, scatter_dimension=dim, tiled=True)
+    return (grad,)
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)
+
+
+def summed_gradient(grad: Float[Array, "..."], names: Names) -> Float[Array, "..."]:
+    """A parameter's gradient, added up over all devices that hold the same part of the parameter."""
+    held = manual_axes(*(name for name in names if name is not None))
+    axes = tuple(axis for axis in everywhere() if axis not in held)
+    return jax.lax.psum(grad, axes) if axes else grad

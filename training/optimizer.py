@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from model.parameters import summed_dims
+from model.parameters import COUNTED, summed_dims
 from parallel.sharding import Names
 from training.config import OptimConfig
 
@@ -45,7 +45,7 @@ def _muon_dims(names: Names) -> optax.contrib.MuonDimensionNumbers | None:
     if ins is None or not is_matrix(names):
         return None
     return optax.contrib.MuonDimensionNumbers(
-        ins, tuple(dim for dim, name in enumerate(names) if name != "layers" and dim not in ins)
+        ins, tuple(dim for dim, name in enumerate(names) if name not in COUNTED and dim not in ins)
     )
 
 

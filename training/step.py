@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from data.packing import Batch
@@ -15,7 +16,7 @@ from model import parameters
 from model.config import ModelConfig
 from model.memory import Packed, Queries
 from parallel.config import AxisRules
-from parallel.sharding import spec, use
+from parallel.sharding import everywhere, num_copies, spec, summed_gradient, use, whole
 from training.config import OptimConfig, TrainConfig
 from training.losses import Loss, chunked_token_loss
 from training.optimizer import learning_rate, make_optimizer
@@ -39,41 +40,88 @@ def make_steps(model: ModelConfig, optim: OptimConfig, train: TrainConfig, mesh:
     names = parameters.abstract(model).names
     optimizer = make_optimizer(optim, names, total_steps=train.steps)
     shardings = state_shardings(model, optimizer, mesh, rules, ema=optim.ema_decay > 0)
-    batch = NamedSharding(mesh, spec(("batch", "seq"), rules))
+    batch = NamedSharding(mesh, spec(("batch", "seq"), rules, mesh))
     schedule = learning_rate(optim, total_steps=train.steps)
+    batches: Any = Batch._make([batch] * len(Batch._fields))
+    specs = jax.tree.map(lambda sharding: sharding.spec, (shardings.parameters, batches))
 
-    def train_step(state: TrainState, batch: Batch):
-        with use(mesh, rules):
-            return _train_step(state, batch, model, optim, train, optimizer, schedule)
+    def by_device(compute: Callable, out: Any) -> Callable:
+        """`compute(parameters, batch)` as a program of one device, with its part of both."""
+
+        def local(params, batch: Batch):
+            with use(mesh, rules, manual=True):
+                return compute(params, batch)
+
+        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)
 
     def evaluate(params, batch: Batch):
-        with use(mesh, rules):
-            loss = _batch_loss(params, batch, model, train)
-            return {"nll": loss.nll, "tokens": jnp.sum(batch.mask)}
+        loss = _batch_loss(_cast(params, names, model), batch, model, train)
+        return _summed({"nll": loss.nll, "tokens": jnp.sum(batch.mask) / num_copies()})
 
-    batches: Any = Batch._make([batch] * len(Batch._fields))
+    gradients = by_device(lambda params, batch: _gradients(params, batch, names, model, train), (P(), P(), specs[0]))
+
+    def train_step(state: TrainState, batch: Batch):
+        return _updated(state, *gradients(state.parameters, batch), optim, optimizer, schedule)
+
     return Steps(
         optimizer,
         jax.jit(train_step, in_shardings=(shardings, batches), out_shardings=(shardings, None), donate_argnums=0),
-        jax.jit(evaluate, in_shardings=(shardings.parameters, batches)),
+        jax.jit(by_device(evaluate, P()), in_shardings=(shardings.parameters, batches)),
         shardings,
         batch,
     )
 
 
+def _summed(shares: Any) -> Any:
+    """All devices' shares of some sums, added up."""
+    return jax.tree.map(lambda x: jax.lax.psum(x, everywhere()) if everywhere() else x, shares)
+
+
+def _cast(params: Any, names: Any, model: ModelConfig) -> Any:
+    """Parameters that are multiplied in the compute dtype, cast once a step, before they are gathered."""
+    dtype = jnp.dtype(model.compute_dtype)
+    is_cast = lambda names: "vocab" in names or parameters.summed_dims(names) is not None  # noqa: E731
+    return jax.tree.map(lambda w, names: w.astype(dtype) if is_cast(names) else w, params, names)
+
+
 def _batch_loss(params: Any, batch: Batch, model: ModelConfig, train: TrainConfig) -> Loss:
-    """Summed loss of a batch whose documents cannot see each other."""
+    """This device's share of the summed loss of a batch whose documents cannot see each other."""
     decoder = parameters.decoder(model, params)
     tokens, targets, mask, segments, positions = map(jnp.asarray, batch)
     hidden, _ = decoder(tokens, Queries(positions, segments), Packed())
     chunk = min(train.loss_chunk, tokens.shape[1])
     with jax.named_scope("loss"):
-        return chunked_token_loss(hidden, decoder.unembedding, targets, mask, chunk, model.final_softcap, train.z_loss)
+        table = whole(decoder.unembedding, ("vocab", "embed"))
+        share = mask / num_copies()
+        return chunked_token_loss(hidden, table, targets, share, chunk, model.final_softcap, train.z_loss)
 
 
-def _train_step(state: TrainState, batch: Batch, model, optim, train, optimizer, schedule):
-    tokens = jnp.maximum(jnp.sum(batch.mask), 1.0)
-    loss, grads = _gradients(state.parameters, batch, tokens, model, train)
+def _gradients(params: Any, batch: Batch, names: Any, model: ModelConfig, train: TrainConfig):
+    """-> mean loss, number of tokens, gradients; the batch in `accumulate` parts, one after the other, if asked."""
+    tokens = jnp.maximum(_summed(jnp.sum(batch.mask) / num_copies()), 1.0)
+    low = _cast(params, names, model)
+
+    def mean(params, batch):
+        loss = jax.tree.map(lambda x: x / tokens, _batch_loss(params, batch, model, train))
+        return loss.total, loss
+
+    def part(batch):
+        (_, loss), grads = jax.value_and_grad(mean, has_aux=True)(low, batch)
+        return loss, grads
+
+    if train.accumulate == 1:
+        loss, grads = part(batch)
+    else:
+        parts = jax.tree.map(lambda x: x.reshape(-1, train.accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+        zero = (Loss(jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, params))
+        add = lambda total, fresh: total + fresh.astype(total.dtype)  # noqa: E731
+        loss, grads = jax.lax.scan(lambda sums, batch: (jax.tree.map(add, sums, part(batch)), None), zero, parts)[0]
+    return _summed(loss), tokens, jax.tree.map(summed_gradient, grads, names)
+
+
+def _updated(state: TrainState, loss: Loss, tokens: Float[Array, ""], grads: Any, optim, optimizer, schedule):
+    """The state after the optimizer's update, or the same but for its counts where something is not finite."""
+    grads = jax.tree.map(lambda grad, parameter: grad.astype(parameter.dtype), grads, state.parameters)
     grad_norm = optax.tree.norm(grads)
     is_good = jnp.isfinite(loss.total) & jnp.isfinite(grad_norm)
     with jax.named_scope("optimizer"), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
@@ -102,22 +150,3 @@ def _train_step(state: TrainState, batch: Batch, model, optim, train, optimizer,
         ema=ema,
     )
     return after, metrics
-
-
-def _gradients(params: Any, batch: Batch, tokens: Float[Array, ""], model, train) -> tuple[Loss, Any]:
-    """Mean loss and its gradient; the batch in `accumulate` parts, one after the other, if asked."""
-
-    def mean(params, batch):
-        loss = jax.tree.map(lambda x: x / tokens, _batch_loss(params, batch, model, train))
-        return loss.total, loss
-
-    def part(batch):
-        (_, loss), grads = jax.value_and_grad(mean, has_aux=True)(params, batch)
-        return loss, grads
-
-    if train.accumulate == 1:
-        return part(batch)
-    parts = jax.tree.map(lambda x: x.reshape(-1, train.accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
-    zero = (Loss(jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, params))
-    add = lambda sums, batch: (jax.tree.map(jnp.add, sums, part(batch)), None)  # noqa: E731
-    return jax.lax.scan(add, zero, parts)[0]

@@ -24,6 +24,17 @@ TINY = {
     "tie_word_embeddings": False,
 }
 LLAMA = TINY | {"model_type": "llama"}
+DEEPSEEK = {name: value for name, value in TINY.items() if name != "head_dim"} | {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 10,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "n_routed_experts": 8,
+    "moe_intermediate_size": 12,
+    "first_k_dense_replace": 1,
+    "rms_norm_eps": 1e-6,
+}
 GEMMA = TINY | {"tie_word_embeddings": True}
 
 # In the fields of transformers 4 (rope_theta, rope_scaling); golden/*.json has what transformers 5 made of them.
@@ -78,6 +89,36 @@ FIELDS = {
         "rope_local_base_freq": 10_000.0,
         "rope_scaling": {"rope_type": "linear", "factor": 8.0},
         "hidden_activation": "gelu_pytorch_tanh",
+    },
+    "mixtral": TINY | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": TINY
+    | {
+        "model_type": "qwen3_moe",
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 12,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [0],
+    },
+    "deepseek_v2": DEEPSEEK
+    | {"model_type": "deepseek_v2", "q_lora_rank": None, "n_shared_experts": 2, "num_experts_per_tok": 2},
+    "deepseek_v3": DEEPSEEK
+    | {
+        "model_type": "deepseek_v3",
+        "q_lora_rank": 12,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 3,
+        "n_group": 4,
+        "topk_group": 2,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "mscale": 0.7,
+            "mscale_all_dim": 1.2,
+        },
     },
     "gpt2": {
         "model_type": "gpt2",

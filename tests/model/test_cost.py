@@ -32,6 +32,17 @@ def test_parameters_equal_the_trees(name):
     assert cost.num_parameters(config) == sum(math.prod(leaf.shape) for leaf in leaves)
 
 
+# Billions that a token goes through, tables included: Mistral's announcements, arXiv:2505.09388 and arXiv:2412.19437.
+ACTIVE = {"mixtral_8x7b": 12.9, "mixtral_8x22b": 39, "qwen3_30b_a3b": 3.3, "qwen3_235b_a22b": 22, "deepseek_v3": 37}
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+def test_a_token_goes_through_the_published_number(name):
+    config = families.PUBLISHED[name]()
+    active = cost.matmul_parameters(config) + config.vocab_size * config.embed_dim
+    assert active / 1e9 == pytest.approx(ACTIVE[name], rel=0.02)
+
+
 @pytest.mark.parametrize("config", [TINY, WINDOWED], ids=["global", "windowed"])
 @pytest.mark.parametrize(("new", "past"), [(1, 0), (9, 0), (3, 2), (1, 12), (7, 3)])
 def test_visible_keys_equal_a_loop(config, new, past):

@@ -27,6 +27,13 @@ PUBLISHED = {
     "qwen2_5_7b": 7_615_616_512,  # Qwen/Qwen2.5-7B
     "qwen3_0_6b": 751_632_384 - 151_936 * 1024,  # Qwen/Qwen3-0.6B, which stores its one table twice
     "qwen3_8b": 8_190_735_360,  # Qwen/Qwen3-8B
+    "mixtral_8x7b": 46_702_792_704,  # mistralai/Mixtral-8x7B-v0.1
+    "mixtral_8x22b": 140_620_634_112,  # mistral-community/Mixtral-8x22B-v0.1
+    "qwen3_30b_a3b": 30_532_122_624,  # Qwen/Qwen3-30B-A3B
+    "qwen3_235b_a22b": 235_093_634_560,  # Qwen/Qwen3-235B-A22B
+    "deepseek_v2_lite": 15_706_484_224,  # deepseek-ai/DeepSeek-V2-Lite
+    # deepseek-ai/DeepSeek-V3, its "Main Model" of 671B: less the layer that predicts a second token and fp8's scales
+    "deepseek_v3": 671_026_419_200,
     "gemma_2b": 2_506_172_416,  # google/gemma-2b
     "gemma_7b": 8_537_680_896,  # google/gemma-7b
     "gemma2_2b": 2_614_341_888,  # google/gemma-2-2b

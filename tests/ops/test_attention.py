@@ -1,4 +1,4 @@
-"""The blockwise and the cached attention equal the reference, forward and backward."""
+"""Attention to own rows, to a cache and to keys in any order equals the reference, forward and backward."""
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ops import attention, reference
+from ops.attention import HIDDEN, Places
 
 B, T, N, K, H = 2, 140, 4, 2, 8  # T is no multiple of a block
 
@@ -64,3 +65,52 @@ def test_cached_equals_the_reference(qkv, window):
     slots, ones = jnp.tile(jnp.arange(40, dtype=jnp.int32)[None], (B, 1)), jnp.ones((B, 40), jnp.int32)
     mask = reference.visible(positions, slots, ones[:, :3], ones, window=window)
     np.testing.assert_allclose(fast, reference.attention(q[:, :3], k, v, mask, scale=0.3), atol=1e-6)
+
+
+def shuffled(*arrays):
+    order = np.random.default_rng(0).permutation(T)
+    return [x[:, order] for x in arrays]
+
+
+@pytest.mark.parametrize("rows", [512, 48])  # one block; three, of which the last is filled up
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (37, 2.0)])
+def test_any_order_of_keys_equals_the_reference(qkv, monkeypatch, rows, window, softcap):
+    monkeypatch.setattr(attention, "ROWS", rows)
+    q, k, v = qkv
+    k, v, positions, segments = shuffled(k, v, POSITIONS, SEGMENTS)
+    at, k_at = Places(POSITIONS, SEGMENTS), Places(positions, segments)
+    rule = {"window": window, "scale": 0.3, "softcap": softcap}
+
+    @jax.jit
+    def fast(q, k, v, d_out):
+        out, lse = attention.forward(q, k, v, at, k_at, **rule)
+        return out, attention.backward(q, k, v, out, lse, d_out, at, k_at, **rule)
+
+    @jax.jit
+    def slow(q, k, v, d_out):
+        mask = reference.visible(POSITIONS, positions, SEGMENTS, segments, window=window)
+        out, pull = jax.vjp(lambda *x: reference.attention(*x, mask, scale=0.3, softcap=softcap), q, k, v)
+        return out, pull(d_out)
+
+    d_out = jax.random.normal(jax.random.key(1), q.shape)
+    for a, b in zip(*map(jax.tree.leaves, (fast(q, k, v, d_out), slow(q, k, v, d_out))), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_parts_join_to_the_whole_and_a_part_that_is_not_seen_weighs_nothing(qkv):
+    q, k, v = qkv
+    at, rule = Places(POSITIONS, SEGMENTS), {"window": None, "scale": 0.3, "softcap": None}
+    part = lambda keys: Places(*(x[:, keys] for x in at))  # noqa: E731
+    first, second = slice(70), slice(70, T)
+    forward = jax.jit(lambda k, v, k_at: attention.forward(q, k, v, at, k_at, **rule))
+    out, lse = forward(k, v, at)
+    parts = [forward(k[:, x], v[:, x], part(x)) for x in (first, second)]
+    weights = [np.exp(np.swapaxes(x[1] - lse, 1, 2))[..., None] for x in parts]
+    np.testing.assert_allclose(parts[0][0] * weights[0] + parts[1][0] * weights[1], out, atol=1e-6)
+    out, lse = parts[1]  # no query of columns 0..70 sees these keys
+    assert (out[:, :70] == 0).all()
+    assert (lse[:, :, :70] == jnp.float32(HIDDEN)).all()
+    backward = jax.jit(lambda k, v, d_out: attention.backward(q, k, v, out, lse, d_out, at, part(second), **rule))
+    grads = backward(k[:, second], v[:, second], jnp.ones_like(q))
+    assert all(jnp.isfinite(x).all() for x in grads)
+    assert (grads[0][:, :70] == 0).all()
