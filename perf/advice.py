@@ -1,16 +1,15 @@
 """What would make a step fit that does not: settings, and what they would come to. Arithmetic; compiles nothing."""
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from parallel.mesh import make_mesh
 from parallel.topology import topology_devices
-from perf.aot import Report, Work, train_sizes
+from perf.aot import Report, Work, batch_parts, train_sizes
 from perf.memory import KEPT
 
-STRONGER = {"none": ("dots", "full"), "dots": ("full",)}  # what computes more again and keeps less
+POLICIES = ("none", "dots", "minimal", "attention", "full")  # each keeps less than the one before
 
 
 class Change(NamedTuple):
@@ -68,13 +67,13 @@ def _sizes(report: Report, work: Work) -> dict[str, int] | None:
 def _candidates(report: Report) -> Iterator[tuple[str, Work]]:
     """Settings and the work that they make, the mildest first."""
     work = report.work
-    for remat in STRONGER.get(work.model.remat, ()):
+    for remat in POLICIES[POLICIES.index(work.model.remat) + 1 :]:
         yield f"model.remat={remat}", dataclasses.replace(work, model=dataclasses.replace(work.model, remat=remat))
     sizes = report.mesh
     if sizes.get("data", 1) > 1:
         mesh = dataclasses.replace(work.mesh, data=1, fsdp=sizes["fsdp"] * sizes["data"])
         yield f"mesh.data=1 mesh.fsdp={mesh.fsdp}", dataclasses.replace(work, mesh=mesh)
-    yield from _shorter_batches(work, sizes)
+    yield from _shorter_batches(work, batch_parts(work, report.topology))
     for part in (2, 4, 8):
         if sizes["fsdp"] % part == 0 and work.model.num_kv_heads % (sizes["tensor"] * part) == 0:
             mesh = dataclasses.replace(work.mesh, fsdp=sizes["fsdp"] // part, tensor=sizes["tensor"] * part)
@@ -82,9 +81,9 @@ def _candidates(report: Report) -> Iterator[tuple[str, Work]]:
             yield settings, dataclasses.replace(work, mesh=mesh)
 
 
-def _shorter_batches(work: Work, sizes: dict[str, int]) -> Iterator[tuple[str, Work]]:
+def _shorter_batches(work: Work, devices: int) -> Iterator[tuple[str, Work]]:
     """The same batch in more parts, or a smaller one; each part still divides over the devices."""
-    rows, devices = work.train.batch_size, math.prod(sizes.values()) // sizes["tensor"]
+    rows = work.train.batch_size
     for part in (2, 4, 8, 16, 32):
         accumulate = work.train.accumulate * part
         if rows % (accumulate * devices) == 0:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from model.config import ModelConfig
+from model.remat import NAMES
 from parallel.config import AxisRules
 from parallel.sharding import Names, sharding
 from training.config import TrainConfig
@@ -53,39 +54,56 @@ def training(
 ) -> dict[str, int]:
     """Bytes by kind of a train step."""
     weights = device_bytes(state.parameters, where.parameters)
-    averages = device_bytes(state.ema, where.ema)
     rows = -(-train.batch_size // train.accumulate)
-    width = jnp.dtype(model.compute_dtype).itemsize
+    width = jnp.dtype(model.compute_dtype).itemsize if train.accumulate == 1 else 4  # sums of parts are float32
     saved = sum(
-        share(("batch", "seq", name), (rows, train.seq_len, size), mesh, rules) for name, size in saved_by_layer(model)
+        share(("batch", *names), (rows, train.seq_len, size), mesh, rules) for names, size in saved_by_layer(model)
     )
     chunk = min(train.loss_chunk, train.seq_len)
-    logits = share(("batch", None, "act_vocab"), (rows, chunk, model.vocab_size), mesh, rules)
     return {
-        "weights": weights + averages,
+        "weights": weights + device_bytes(state.ema, where.ema),
         "moments": device_bytes(state.optimizer, where.optimizer),
-        "gradients": weights,
-        "activations": model.num_layers * saved * width,
-        "logits": 4 * logits,
+        "gradients": weights * width // 4,
+        "activations": share(("layers",), (model.num_layers,), mesh, rules) * saved,
+        "logits": 4 * share(("batch", None, "act_vocab"), (rows, chunk, model.vocab_size), mesh, rules),
         "cache": 0,
     }
 
 
-def saved_by_layer(model: ModelConfig) -> list[tuple[str | None, int]]:
-    """What a layer keeps of each token for the backward pass: logical name and numbers. An unknown policy: its input.
+def saved_by_layer(model: ModelConfig) -> list[tuple[Names, int]]:
+    """What a layer keeps of each token for its backward pass (model/remat.py): logical names and bytes.
 
     Attention's square of T x T, which `none` keeps on a platform without a kernel, is left to `other`.
     """
-    D, N, K, H, F = model.embed_dim, model.num_heads, model.num_kv_heads, model.head_dim, model.ffn_dim
-    into: list[tuple[str | None, int]] = [("act_embed", D)]
-    products: list[tuple[str | None, int]] = [
-        ("act_heads", (N + 2 * K) * H),
-        ("act_embed", D),
-        ("act_ffn", (2 if model.gated else 1) * F),
-        ("act_embed", D),
-    ]
-    everything = [*products, ("act_heads", (2 * N + 2 * K) * H), ("act_ffn", 2 * F), ("act_embed", 4 * D)]
-    return into + {"dots": products, "none": everything}.get(model.remat, [])
+    width = jnp.dtype(model.compute_dtype).itemsize
+    D, N, K, H, HV = (
+        model.embed_dim,
+        model.num_heads,
+        model.num_kv_heads,
+        model.head_dim,
+        model.value_dim or model.head_dim,
+    )
+    F = model.shared_ffn_dim if model.num_experts else model.ffn_dim
+    inner = F + model.experts_per_token * model.expert_ffn_dim  # of a token, in all the FFNs that it goes through
+    heads, ffn, stream = ("seq", "act_heads"), ("seq", "act_ffn"), ("residual_seq", "act_embed")
+    sizes: dict[str, tuple[Names, int]] = {
+        "query": (heads, width * N * H),
+        "key": (heads, width * K * H),
+        "value": (heads, width * K * HV),
+        "attention_out": (heads, width * N * HV),
+        "attention_lse": (heads, 4 * N),
+        "middle": (stream, width * D),
+        "ffn_gate": (ffn, width * F * model.gated),
+        "ffn_up": (ffn, width * F),
+    }
+    products = [(ffn, width * inner * (1 + model.gated)), (stream, 2 * width * D)]
+    begin = (stream, width * D)
+    if model.remat == "none":
+        return [begin, *sizes.values(), *products, (stream, 4 * width * D)]
+    if model.remat == "dots":
+        return [begin, *(sizes[name] for name in list(sizes)[:5]), *products]
+    kept = {*NAMES[model.remat], *model.remat_save} - {*model.remat_offload}
+    return [begin, *(sizes[name] for name in sizes if name in kept)]
 
 
 def serving(
@@ -94,7 +112,7 @@ def serving(
     """Bytes by kind of a prefill or decode step that reads `tokens` tokens of each of `rows` rows."""
     D, N, K, H, F = model.embed_dim, model.num_heads, model.num_kv_heads, model.head_dim, model.ffn_dim
     width = jnp.dtype(model.compute_dtype).itemsize
-    one = [("act_embed", 2 * D), ("act_heads", max(N + 2 * K, 2 * N) * H), ("act_ffn", 2 * F)]
+    one = [("act_embed", 2 * D), ("act_heads", max(N + 2 * K, 2 * N) * H), ("act_ffn", 2 * F)]  # the widest counts
     layer = max(share(("batch", None, name), (rows, tokens, size), mesh, rules) for name, size in one)
     return {
         "weights": weights,
