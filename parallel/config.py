@@ -1,6 +1,9 @@
 """How many devices split what: the mesh's shape and the table from logical names to mesh axes. Imports no jax."""
 
 import dataclasses
+from typing import Literal
+
+from parallel.records import require
 
 MeshAxes = str | tuple[str, ...] | None
 
@@ -60,3 +63,21 @@ class AxisRules:
     experts: MeshAxes = "expert"  # E
     expert_embed: MeshAxes = ("fsdp", "context")  # D of the experts' parameters
     expert_ffn: MeshAxes = "tensor"  # F of the experts' parameters
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExecutionConfig:
+    """How a step runs on its mesh. It changes how sums are rounded, not what is computed."""
+
+    context: Literal["ring", "gather"] = "ring"  # a split sequence: keys go around, or are gathered first
+    pipeline: Literal["circular", "1f1b"] = "circular"  # schedule of the pipe axis: all forwards first, or in turns
+    microbatches: int = 0  # M, parts of a device's batch that flow through the pipe; 0 is one for each stage
+    repeats: int = 1  # times that a microbatch goes around the pipe, through as many chunks of layers a stage
+
+    def __post_init__(self):
+        require(self, "execution", "microbatches", low=0)
+        require(self, "execution", "repeats", low=1)
+        if self.pipeline == "1f1b" and self.repeats > 1:
+            raise ValueError(
+                f"execution.repeats={self.repeats} does not go with execution.pipeline=1f1b; take circular, or repeats=1"
+            )

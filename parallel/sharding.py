@@ -50,7 +50,7 @@ def use(mesh: Mesh, rules: AxisRules, *, manual: bool = False) -> Iterator[None]
         _LAYOUT.reset(token)
 
 
-def _axes(bound: MeshAxes) -> tuple[str, ...]:
+def axes_of(bound: MeshAxes) -> tuple[str, ...]:
     """The axes of the mesh itself: `fsdp` is three of them."""
     named = () if bound is None else (bound,) if isinstance(bound, str) else bound
     return tuple(part for axis in named for part in (FSDP if axis == "fsdp" else (axis,)))
@@ -69,7 +69,7 @@ def spec(names: Names, rules: AxisRules, mesh: Mesh) -> P:
     for name in names:
         if name is not None and name not in known:
             raise ValueError(f"no rule binds the logical name {name!r}; AxisRules has {sorted(known)}")
-        axes = () if name is None else _axes(getattr(rules, name))
+        axes = () if name is None else axes_of(getattr(rules, name))
         for axis in axes:
             if axis in used:
                 raise ValueError(
@@ -86,7 +86,7 @@ def sharding(names: Names, shape: tuple[int, ...], mesh: Mesh, rules: AxisRules)
     """Sharding of a parameter; raises ValueError where the mesh does not divide a dim."""
     partition = spec(names, rules, mesh)
     for name, dim, bound in zip(names, shape, partition, strict=True):
-        parts = math.prod(mesh.shape[axis] for axis in _axes(bound))
+        parts = math.prod(mesh.shape[axis] for axis in axes_of(bound))
         if dim % parts:
             raise ValueError(
                 f"dim {name!r} of size {dim} (shape {shape}) does not divide over {parts} devices of mesh axis "
@@ -130,7 +130,7 @@ def added(x: Float[Array, "..."], sums: str, out: Names) -> Float[Array, "..."]:
         return relaid(x, tuple("seq" if name == "residual_seq" else name for name in out), out)
     partition = spec(out, layout.rules, layout.mesh)
     for axis in axes:
-        dims = [dim for dim, bound in enumerate(partition) if axis in _axes(bound)]
+        dims = [dim for dim, bound in enumerate(partition) if axis in axes_of(bound)]
         x = jax.lax.psum_scatter(x, axis, scatter_dimension=dims[0], tiled=True) if dims else jax.lax.psum(x, axis)
     return x
 
@@ -142,7 +142,7 @@ def relaid(x: Num[Array, "..."], was: Names, now: Names) -> Num[Array, "..."]:
         return place(x, now)
     pairs = zip(spec(was, layout.rules, layout.mesh), spec(now, layout.rules, layout.mesh), strict=True)
     for dim, (old, new) in enumerate(pairs):
-        old, new = _axes(old), _axes(new)
+        old, new = axes_of(old), axes_of(new)
         shared = old[: len(new)] if old[: len(new)] == new else new[: len(old)]
         assert shared in (old, new), f"{was} -> {now}: dim {dim} would have to be reordered"
         for axis in reversed(old[len(shared) :]):
@@ -161,7 +161,7 @@ def manual_axes(*names: str) -> tuple[str, ...]:
     layout = _LAYOUT.get()
     if layout is None or not layout.is_manual:
         return ()
-    axes = dict.fromkeys(axis for name in names for axis in _axes(getattr(layout.rules, name)))
+    axes = dict.fromkeys(axis for name in names for axis in axes_of(getattr(layout.rules, name)))
     return tuple(axis for axis in axes if layout.mesh.shape[axis] > 1)
 
 

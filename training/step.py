@@ -1,6 +1,7 @@
 """One optimizer step and one evaluation step, jitted over a mesh. Knows no files, no loop and no text."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,13 +14,16 @@ from jaxtyping import Array, Float
 
 from data.packing import Batch
 from model import parameters
-from model.config import ModelConfig
-from model.memory import Packed, Queries
-from parallel.config import AxisRules
-from parallel.sharding import everywhere, num_copies, spec, summed_gradient, use, whole
+from model.config import ModelConfig, with_kernels
+from model.memory import GatheredKV, Memory, Packed, Queries, Ring
+from model.moe import updated_bias, utilisation
+from parallel.config import AxisRules, ExecutionConfig
+from parallel.ring_attention import zigzag
+from parallel.sharding import axes_of, everywhere, manual_axes, num_copies, spec, summed_gradient, use
+from training import pipelined
 from training.config import OptimConfig, TrainConfig
-from training.losses import Loss, chunked_token_loss
 from training.optimizer import learning_rate, make_optimizer
+from training.outcome import Outcome, Scale, batch_outcome
 from training.state import TrainState, state_shardings
 
 Metrics = dict[str, Float[Array, ""]]
@@ -35,8 +39,16 @@ class Steps(NamedTuple):
     batch: NamedSharding  # of every [B, T] array of a batch
 
 
-def make_steps(model: ModelConfig, optim: OptimConfig, train: TrainConfig, mesh: Mesh, rules: AxisRules) -> Steps:
+def make_steps(
+    model: ModelConfig,
+    optim: OptimConfig,
+    train: TrainConfig,
+    mesh: Mesh,
+    rules: AxisRules,
+    execution: ExecutionConfig = ExecutionConfig(),
+) -> Steps:
     """Compile-ready train and eval steps for one run; raises ValueError where the mesh does not divide the model."""
+    model = with_kernels(model, mesh.devices.flat[0].platform)
     names = parameters.abstract(model).names
     optimizer = make_optimizer(optim, names, total_steps=train.steps)
     shardings = state_shardings(model, optimizer, mesh, rules, ema=optim.ema_decay > 0)
@@ -44,101 +56,154 @@ def make_steps(model: ModelConfig, optim: OptimConfig, train: TrainConfig, mesh:
     schedule = learning_rate(optim, total_steps=train.steps)
     batches: Any = Batch._make([batch] * len(Batch._fields))
     specs = jax.tree.map(lambda sharding: sharding.spec, (shardings.parameters, batches))
+    plan = Plan(model, train, execution, names)
 
     def by_device(compute: Callable, out: Any) -> Callable:
-        """`compute(parameters, batch)` as a program of one device, with its part of both."""
+        """`compute(parameters, batch, plan)` as a program of one device, with its part of both."""
 
         def local(params, batch: Batch):
             with use(mesh, rules, manual=True):
-                return compute(params, batch)
+                return compute(params, batch, plan)
 
-        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)
+        mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)
+        return lambda params, batch: mapped(_dealt(params, plan, mesh), _in_ring_order(batch, plan, mesh, rules))
 
-    def evaluate(params, batch: Batch):
-        loss = _batch_loss(_cast(params, names, model), batch, model, train)
-        return _summed({"nll": loss.nll, "tokens": jnp.sum(batch.mask) / num_copies()})
-
-    gradients = by_device(lambda params, batch: _gradients(params, batch, names, model, train), (P(), P(), specs[0]))
+    loads = P(spec(("layers",), rules, mesh)[0]) if model.num_experts else None
+    gradients = by_device(_gradients, (Outcome(P(), P(), loads), P(), specs[0]))
 
     def train_step(state: TrainState, batch: Batch):
-        return _updated(state, *gradients(state.parameters, batch), optim, optimizer, schedule)
+        told, tokens, grads = gradients(state.parameters, batch)
+        grads = _dealt(grads, plan, mesh, back=True)
+        if told.load is not None:
+            told = told._replace(load=_dealt({"layers": told.load}, plan, mesh, back=True)["layers"])
+        return _updated(state, told, tokens, grads, plan, optim, optimizer, schedule)
 
     return Steps(
         optimizer,
         jax.jit(train_step, in_shardings=(shardings, batches), out_shardings=(shardings, None), donate_argnums=0),
-        jax.jit(by_device(evaluate, P()), in_shardings=(shardings.parameters, batches)),
+        jax.jit(by_device(_evaluated, P()), in_shardings=(shardings.parameters, batches)),
         shardings,
         batch,
     )
 
 
-def _summed(shares: Any) -> Any:
-    """All devices' shares of some sums, added up."""
-    return jax.tree.map(lambda x: jax.lax.psum(x, everywhere()) if everywhere() else x, shares)
+class Plan(NamedTuple):
+    """What a step computes, and how."""
+
+    model: ModelConfig
+    train: TrainConfig
+    execution: ExecutionConfig
+    names: Any  # tree of the parameters' logical names
 
 
-def _cast(params: Any, names: Any, model: ModelConfig) -> Any:
+def _dealt(params: Any, plan: Plan, mesh: Mesh, *, back: bool = False) -> Any:
+    """Parameters with their layers in the order of an interleaved pipeline, or back; changes nothing elsewhere."""
+    ranks, repeats = mesh.shape["pipe"], plan.execution.repeats
+    if ranks == 1 or repeats == 1:
+        return params
+    return {**params, "layers": pipelined.dealt(params["layers"], plan.model, ranks, repeats, back=back)}
+
+
+def _in_ring_order(batch: Batch, plan: Plan, mesh: Mesh, rules: AxisRules) -> Batch:
+    """Columns in an order that gives every device of a ring as much to do (parallel/ring_attention.py)."""
+    parts = math.prod(mesh.shape[axis] for axis in axes_of(rules.seq))
+    if parts == 1 or plan.execution.context != "ring":
+        return batch
+    order = zigzag(plan.train.seq_len, parts)
+    return Batch._make(jnp.take(x, order, axis=1, unique_indices=True) for x in batch)
+
+
+def _memory(plan: Plan) -> Memory:
+    """Where queries find their keys: in their own row, which may be split over devices."""
+    axes, kernel = manual_axes("seq"), plan.model.kernels
+    if not axes:
+        return Packed(kernel=kernel)
+    if plan.execution.context == "gather":
+        return GatheredKV(axes=axes, kernel=kernel)
+    return Ring(axes=axes, balanced=True, kernel=kernel)
+
+
+def _summed(shares: Any, names: tuple[str, ...] = ()) -> Any:
+    """All devices' shares of some sums, added up; devices that split one of `names` keep sums apart."""
+    axes = tuple(axis for axis in everywhere() if axis not in manual_axes(*names))
+    return jax.tree.map(lambda x: jax.lax.psum(x, axes) if axes else x, shares)
+
+
+def _cast(params: Any, plan: Plan) -> Any:
     """Parameters that are multiplied in the compute dtype, cast once a step, before they are gathered."""
-    dtype = jnp.dtype(model.compute_dtype)
+    dtype = jnp.dtype(plan.model.compute_dtype)
     is_cast = lambda names: "vocab" in names or parameters.summed_dims(names) is not None  # noqa: E731
-    return jax.tree.map(lambda w, names: w.astype(dtype) if is_cast(names) else w, params, names)
+    return jax.tree.map(lambda w, names: w.astype(dtype) if is_cast(names) else w, params, plan.names)
 
 
-def _batch_loss(params: Any, batch: Batch, model: ModelConfig, train: TrainConfig) -> Loss:
-    """This device's share of the summed loss of a batch whose documents cannot see each other."""
+def _share(params: Any, batch: Batch, plan: Plan, *, scale: Scale) -> Outcome:
+    """This device's share of the loss of a batch whose documents cannot see each other, `scale` times its sum."""
+    model, train, execution, _ = plan
+    if manual_axes("layers"):
+        memory = _memory(plan)
+        return pipelined.outcome(params, batch, model, train, execution, memory=memory, scale=scale)
     decoder = parameters.decoder(model, params)
-    tokens, targets, mask, segments, positions = map(jnp.asarray, batch)
-    hidden, _ = decoder(tokens, Queries(positions, segments), Packed())
-    chunk = min(train.loss_chunk, tokens.shape[1])
-    with jax.named_scope("loss"):
-        table = whole(decoder.unembedding, ("vocab", "embed"))
-        share = mask / num_copies()
-        return chunked_token_loss(hidden, table, targets, share, chunk, model.final_softcap, train.z_loss)
+    tokens, _, _, segments, positions = map(jnp.asarray, batch)
+    hidden, _, aux = decoder.forward(tokens, Queries(positions, segments), _memory(plan))
+    return batch_outcome(decoder, hidden, batch, train, scale=scale).plus(aux, model, scale)
 
 
-def _gradients(params: Any, batch: Batch, names: Any, model: ModelConfig, train: TrainConfig):
+def _evaluated(params: Any, batch: Batch, plan: Plan) -> Metrics:
+    told = _share(_cast(params, plan), batch, plan, scale=1.0)
+    return _summed({"nll": told.nll, "tokens": jnp.sum(batch.mask) / num_copies()})
+
+
+def _gradients(params: Any, batch: Batch, plan: Plan) -> tuple[Outcome, Float[Array, ""], Any]:
     """-> mean loss, number of tokens, gradients; the batch in `accumulate` parts, one after the other, if asked."""
     tokens = jnp.maximum(_summed(jnp.sum(batch.mask) / num_copies()), 1.0)
-    low = _cast(params, names, model)
+    low = _cast(params, plan)
 
-    def mean(params, batch):
-        loss = jax.tree.map(lambda x: x / tokens, _batch_loss(params, batch, model, train))
-        return loss.total, loss
+    def part(batch: Batch) -> tuple[Outcome, Any]:
+        model, train, execution, _ = plan
+        if manual_axes("layers") and execution.pipeline == "1f1b":
+            return pipelined.gradients(low, batch, model, train, execution, memory=_memory(plan), scale=1 / tokens)
 
-    def part(batch):
-        (_, loss), grads = jax.value_and_grad(mean, has_aux=True)(low, batch)
-        return loss, grads
+        def share(low):
+            told = _share(low, batch, plan, scale=1 / tokens)
+            return told.total, told
 
-    if train.accumulate == 1:
-        loss, grads = part(batch)
+        (_, told), grads = jax.value_and_grad(share, has_aux=True)(low)
+        return told, grads
+
+    if plan.train.accumulate == 1:
+        told, grads = part(batch)
     else:
-        parts = jax.tree.map(lambda x: x.reshape(-1, train.accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
-        zero = (Loss(jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, params))
+        parts = jax.tree.map(lambda x: x.reshape(-1, plan.train.accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+        shapes, _ = jax.eval_shape(part, jax.tree.map(lambda x: x[0], parts))
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (shapes, params))
         add = lambda total, fresh: total + fresh.astype(total.dtype)  # noqa: E731
-        loss, grads = jax.lax.scan(lambda sums, batch: (jax.tree.map(add, sums, part(batch)), None), zero, parts)[0]
-    return _summed(loss), tokens, jax.tree.map(summed_gradient, grads, names)
+        told, grads = jax.lax.scan(lambda sums, batch: (jax.tree.map(add, sums, part(batch)), None), zero, parts)[0]
+    load = None if told.load is None else _summed(told.load, ("layers",))
+    told = Outcome(_summed(told.total), _summed(told.nll), load)
+    return told, tokens, jax.tree.map(summed_gradient, grads, plan.names)
 
 
-def _updated(state: TrainState, loss: Loss, tokens: Float[Array, ""], grads: Any, optim, optimizer, schedule):
+def _updated(state: TrainState, told: Outcome, tokens: Float[Array, ""], grads: Any, plan: Plan, optim, optimizer, schedule):
     """The state after the optimizer's update, or the same but for its counts where something is not finite."""
     grads = jax.tree.map(lambda grad, parameter: grad.astype(parameter.dtype), grads, state.parameters)
     grad_norm = optax.tree.norm(grads)
-    is_good = jnp.isfinite(loss.total) & jnp.isfinite(grad_norm)
+    is_good = jnp.isfinite(told.total) & jnp.isfinite(grad_norm)
     with jax.named_scope("optimizer"), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         updates, fresh = optimizer.update(grads, state.optimizer, state.parameters)
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(is_good, n, o), new, old)  # noqa: E731
         rate = schedule(state.step - state.skipped_total)
-        params = keep(optax.apply_updates(state.parameters, updates), state.parameters)
+        params = keep(_balanced(optax.apply_updates(state.parameters, updates), told, plan), state.parameters)
         ema = state.ema
         if optim.ema_decay:
             ema = keep(jax.tree.map(lambda a, p: optim.ema_decay * a + (1 - optim.ema_decay) * p, ema, params), ema)
     bad = 1 - is_good.astype(jnp.int32)
     metrics = {
-        "loss": loss.nll,
+        "loss": told.nll,
         "grad_norm": grad_norm,
         "learning_rate": jnp.asarray(rate, jnp.float32),
         "tokens": tokens,
         "skipped": (state.skipped + bad) * bad,
+        **({} if told.load is None else utilisation(told.load)),
     }
     after = dataclasses.replace(
         state,
@@ -150,3 +215,12 @@ def _updated(state: TrainState, loss: Loss, tokens: Float[Array, ""], grads: Any
         ema=ema,
     )
     return after, metrics
+
+
+def _balanced(params: Any, told: Outcome, plan: Plan) -> Any:
+    """Parameters with the routers' biases moved towards evenly used experts, where the model balances by them."""
+    if not plan.model.router_bias_rate or told.load is None:
+        return params
+    ffn = params["layers"]["ffn"]
+    ffn = {**ffn, "router_bias": updated_bias(ffn["router_bias"], told.load, plan.model.router_bias_rate)}
+    return {**params, "layers": {**params["layers"], "ffn": ffn}}

@@ -1,0 +1,52 @@
+"""What a device computes of a batch: its share of the loss, and how its experts were used. Knows no optimizer."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from data.packing import Batch
+from model.config import ModelConfig
+from model.decoder import Decoder
+from model.moe import Aux
+from parallel.sharding import num_copies, whole
+from training.config import TrainConfig
+from training.losses import chunked_token_loss
+
+Scale = float | Float[Array, ""]  # one over the number of tokens for a mean, 1 for a sum
+
+
+class Outcome(NamedTuple):
+    """A device's share of what a batch gives: sums that add up over devices."""
+
+    total: Float[Array, ""]  # what is differentiated
+    nll: Float[Array, ""]  # negative log-likelihood, in nats; carries no gradient
+    load: Float[Array, "L E"] | None  # tokens that chose each expert, by layer
+
+    def plus(self, aux: Aux | None, config: ModelConfig, scale: Scale) -> "Outcome":
+        """And what the layers' experts tell of themselves, [..., l, ...]."""
+        if aux is None:
+            return self
+        load = aux.load.reshape(-1, config.num_experts)
+        return self._replace(total=self.total + expert_losses(aux, config, scale), load=load)
+
+
+def batch_outcome(
+    decoder: Decoder, hidden: Float[Array, "B T D"], batch: Batch, how: TrainConfig, *, scale: Scale
+) -> Outcome:
+    """Cross-entropy of hidden states, `scale` times its sum over tokens."""
+    with jax.named_scope("loss"):
+        table = whole(decoder.unembedding, ("vocab", "embed"))
+        share = jnp.asarray(batch.mask) * scale / num_copies()
+        chunk, softcap = min(how.loss_chunk, hidden.shape[1]), decoder.config.final_softcap
+        loss = chunked_token_loss(hidden, table, jnp.asarray(batch.targets), share, chunk, softcap, how.z_loss)
+    return Outcome(*loss, None)
+
+
+def expert_losses(aux: Aux | None, config: ModelConfig, scale: Scale) -> Float[Array, ""]:
+    """What unevenly used experts and large router logits cost: the mean over layers, `scale` times the sum over tokens."""
+    if aux is None:
+        return jnp.float32(0)
+    weighted = config.balance_loss * jnp.sum(aux.balance) + config.router_z_loss * jnp.sum(aux.router_z)
+    return weighted * scale / (config.num_layers - config.num_dense_layers)
