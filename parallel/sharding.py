@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Float, Int, Num, Shaped
 
 from ops.slabs import Slabs
 from parallel.config import AxisRules, MeshAxes
@@ -98,7 +98,7 @@ def sharding(names: Names, shape: tuple[int, ...], mesh: Mesh, rules: AxisRules)
 # Automatic
 
 
-def place(x: Num[Array, "..."], names: Names) -> Num[Array, "..."]:
+def place(x: Shaped[Array, "..."], names: Names) -> Shaped[Array, "..."]:
     """Constrain an activation to the ambient automatic layout; otherwise, or on one device, it is left alone."""
     layout = _LAYOUT.get()
     if layout is None or layout.is_manual or layout.mesh.size == 1:
