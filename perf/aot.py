@@ -31,7 +31,7 @@ from model.config import ModelConfig
 from model.memory import dense_cache
 from model.parameters import abstract, shardings, summed_dims
 from parallel.compilation import TPU_OPTIONS
-from parallel.config import AxisRules, MeshConfig
+from parallel.config import AxisRules, ExecutionConfig, MeshConfig
 from parallel.mesh import make_mesh
 from parallel.topology import Topology, topology_devices
 from perf import hlo, memory
@@ -56,6 +56,7 @@ class Work:
     rules: AxisRules
     optim: OptimConfig
     train: TrainConfig  # batch and length of a train step
+    execution: ExecutionConfig = ExecutionConfig()  # how a train step runs on its mesh
     batch: int = 1  # B, sequences (prefill, decode)
     length: int = 1  # T, tokens of a prompt (prefill) or in the cache (decode)
 
@@ -140,7 +141,7 @@ def structs(shapes: Any, where: Any) -> Any:
 
 def train_state(work: Work, mesh: Mesh) -> tuple[Any, TrainState]:
     """The steps of a run and the shapes of its state."""
-    steps = make_steps(work.model, work.optim, work.train, mesh, work.rules)
+    steps = make_steps(work.model, work.optim, work.train, mesh, work.rules, work.execution)
     return steps, abstract_state(work.model, steps.optimizer, ema=work.optim.ema_decay > 0)
 
 

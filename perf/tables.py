@@ -36,7 +36,8 @@ def compile_json(report: Report, changes: Sequence[Change]) -> dict[str, Any]:
 
 def compile_lines(report: Report, changes: Sequence[Change]) -> Iterator[str]:
     """What `python -m perf compile` prints."""
-    topology, shape = report.topology, " x ".join(f"{axis}={size}" for axis, size in report.mesh.items())
+    topology = report.topology
+    shape = " x ".join(f"{axis}={size}" for axis, size in report.mesh.items() if size > 1) or "of one device"
     yield f"{report.work.step} step on {topology.name}: {topology.num_devices} devices, mesh {shape}"
     verb = "fits in" if report.fits else "DOES NOT FIT in"
     yield f"peak {gib(report.peak_bytes)} a device {verb} {gib(topology.hbm_bytes)}"

@@ -28,7 +28,7 @@ needs_libtpu = pytest.mark.skipif(
 
 MODEL = ModelConfig(
     vocab_size=512, embed_dim=256, num_layers=3, num_heads=2, num_kv_heads=2, head_dim=128, ffn_dim=512,
-    max_length=256, rope_theta=1e4, norm_eps=1e-6, compute_dtype="bfloat16", remat="full",
+    max_length=256, rope_theta=1e4, norm_eps=1e-6, compute_dtype="bfloat16", remat="full", kernels="plain",
 )  # fmt: skip
 WORK = Work(
     model=MODEL,
@@ -231,7 +231,7 @@ def test_moments_that_do_not_follow_their_parameter_are_flagged():
 
 # The command line -----------------------------------------------------------------------------------------------------
 
-TINY = ["configs/tiny.py", "model.embed_dim=64", "--effort", "-1.0"]
+TINY = ["configs/tiny.py", "model.embed_dim=64", "model.kernels=plain", "--effort", "-1.0"]
 
 
 @pytest.fixture(autouse=True)
