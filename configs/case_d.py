@@ -4,7 +4,7 @@
     uv run python -m perf compile configs/case_d.py mesh.expert=1 mesh.fsdp=64    the peer's mesh: experts gathered
     uv run train.py configs/case_d.py                                             on such a slice
 
-The peer (MaxText, the same work by the same compiler, all weights split over 64 chips; bytes of a chip): peak 23.46 GiB,
+The peer (MaxText, the same work by the same compiler; all weights split over 64 chips; bytes of one): peak 23.46 GiB,
 arguments 8.159 and temporaries 23.37 GiB; 352,776 MiB on the wire: all-gathers of 180,218 and all-reduces of 89,079;
 419 CPU seconds.
 """
