@@ -12,12 +12,12 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from model.config import ModelConfig
-from ops import attention
+from ops import attention, flash_attention
 from ops.attention import Places
 from parallel import ring_attention
 from parallel.sharding import place
 
-KERNELS = {"plain": attention}  # modules with `forward` and `backward`: attention to keys in any order
+KERNELS = {"plain": attention, "pallas": flash_attention}  # modules with `forward` and `backward`: attention to keys in any order
 
 CACHE_NAMES = ("batch", "act_heads", None, None)
 
@@ -69,7 +69,11 @@ def _plain(q, k, v, at: Places, **rule):
     return attention.causal(q, k, v, at.segments, **rule)
 
 
-OWN_ROWS = {"plain": _plain}
+def _pallas(q, k, v, at: Places, **rule):
+    return flash_attention.attend(q, k, v, at, at, **rule)
+
+
+OWN_ROWS = {"plain": _plain, "pallas": _pallas}
 
 
 @jax.tree_util.register_dataclass

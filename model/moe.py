@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from model.config import ModelConfig
 from model.experts import Execution, Weights, apply_experts
 from model.layers import RESIDUAL, TOGETHER, FeedForward, Key, constant, matrix
-from parallel.sharding import added, manual_axes, num_copies, relaid
+from parallel.sharding import added, manual_axes, num_copies, num_parts, relaid
 
 
 class Aux(NamedTuple):
@@ -120,7 +120,8 @@ def _aux(logits: Float[Array, "B T E"], choice: Choice, mask: Bool[Array, "B T"]
     probability = choice.scores / (jnp.sum(choice.scores, axis=-1, keepdims=True) + 1e-20)
     balance = jnp.einsum("BTE,BE,BT->", probability, use, valid)
     router_z = jnp.sum(jnp.square(jax.nn.logsumexp(logits, axis=-1)) * valid)
-    return jax.tree.map(lambda total: total / num_copies(), Aux(balance, router_z, jnp.sum(load, axis=0)))
+    copies = num_copies() // num_parts(manual_axes("layers"))  # a layer is in one stage of a pipeline alone
+    return jax.tree.map(lambda total: total / copies, Aux(balance, router_z, jnp.sum(load, axis=0)))
 
 
 def updated_bias(bias: Float[Array, "... E"], load: Float[Array, "... E"], rate: float) -> Float[Array, "... E"]:
