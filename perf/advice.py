@@ -27,18 +27,21 @@ def blame(report: Report) -> list[tuple[str, int]]:
 
 
 def changes(report: Report) -> list[Change]:
-    """What to change, what fits first, then what brings the most. Only for a train step."""
+    """What to change: of each kind the mildest that fits; where none does, the strongest of each, the best first."""
     if report.work.step != "train":
         return list(_smaller_serving(report))
-    found = []
     before = _sizes(report, report.work)
     assert before is not None, "what was compiled has sizes"
-    for settings, work in _candidates(report):
-        peak = estimate(report, before, work)
-        if peak is not None and peak < report.peak_bytes:
-            found.append(Change(settings, peak, peak <= report.topology.hbm_bytes))
+    found = []
+    for kind in _candidates(report):
+        tried = [
+            Change(settings, peak, peak <= report.topology.hbm_bytes)
+            for settings, work in kind
+            if (peak := estimate(report, before, work)) is not None and peak < report.peak_bytes
+        ]
+        found += [next((change for change in tried if change.fits), tried[-1])] if tried else []
     fitting = [change for change in found if change.fits]
-    return (fitting or sorted(found, key=lambda change: change.peak_bytes))[:4]
+    return fitting or sorted(found, key=lambda change: change.peak_bytes)
 
 
 def estimate(report: Report, before: dict[str, int], work: Work) -> int | None:
@@ -64,36 +67,48 @@ def _sizes(report: Report, work: Work) -> dict[str, int] | None:
         return None
 
 
-def _candidates(report: Report) -> Iterator[tuple[str, Work]]:
-    """Settings and the work that they make, the mildest first."""
-    work = report.work
+def _candidates(report: Report) -> Iterator[Iterator[tuple[str, Work]]]:
+    """Kinds of change, each as settings and the work that they make, the mildest first."""
+    yield _less_kept(report.work)
+    yield _other_meshes(report.work, report.mesh)
+    parts = [2**power for power in range(1, report.work.train.batch_size.bit_length())]
+    yield _more_parts(report.work, parts, batch_parts(report.work, report.topology))
+    yield _shorter_batches(report.work, parts, batch_parts(report.work, report.topology))
+
+
+def _less_kept(work: Work) -> Iterator[tuple[str, Work]]:
+    """Layers that keep less and compute more again."""
     for remat in POLICIES[POLICIES.index(work.model.remat) + 1 :]:
         yield f"model.remat={remat}", dataclasses.replace(work, model=dataclasses.replace(work.model, remat=remat))
-    sizes = report.mesh
-    if sizes.get("data", 1) > 1:
+
+
+def _other_meshes(work: Work, sizes: dict[str, int]) -> Iterator[tuple[str, Work]]:
+    """Weights and moments split where they are repeated, then heads and FFN split too."""
+    if sizes["data"] > 1:
         mesh = dataclasses.replace(work.mesh, data=1, fsdp=sizes["fsdp"] * sizes["data"])
         yield f"mesh.data=1 mesh.fsdp={mesh.fsdp}", dataclasses.replace(work, mesh=mesh)
-    yield from _shorter_batches(work, batch_parts(work, report.topology))
     for part in (2, 4, 8):
         if sizes["fsdp"] % part == 0 and work.model.num_kv_heads % (sizes["tensor"] * part) == 0:
             mesh = dataclasses.replace(work.mesh, fsdp=sizes["fsdp"] // part, tensor=sizes["tensor"] * part)
-            settings = f"mesh.fsdp={mesh.fsdp} mesh.tensor={mesh.tensor}"
-            yield settings, dataclasses.replace(work, mesh=mesh)
+            yield f"mesh.fsdp={mesh.fsdp} mesh.tensor={mesh.tensor}", dataclasses.replace(work, mesh=mesh)
 
 
-def _shorter_batches(work: Work, devices: int) -> Iterator[tuple[str, Work]]:
-    """The same batch in more parts, or a smaller one; each part still divides over the devices."""
-    rows = work.train.batch_size
-    for part in (2, 4, 8, 16, 32):
+def _more_parts(work: Work, parts: list[int], devices: int) -> Iterator[tuple[str, Work]]:
+    """The same batch in more parts, one after the other; each still divides over the devices."""
+    for part in parts:
         accumulate = work.train.accumulate * part
-        if rows % (accumulate * devices) == 0:
+        if work.train.batch_size % (accumulate * devices) == 0:
             train = dataclasses.replace(work.train, accumulate=accumulate)
             yield f"train.accumulate={accumulate}", dataclasses.replace(work, train=train)
-    for part in (2, 4, 8, 16, 32):
-        smaller = rows // part
-        if rows % part == 0 and smaller % (work.train.accumulate * devices) == 0:
-            train = dataclasses.replace(work.train, batch_size=smaller)
-            yield f"train.batch_size={smaller}", dataclasses.replace(work, train=train)
+
+
+def _shorter_batches(work: Work, parts: list[int], devices: int) -> Iterator[tuple[str, Work]]:
+    """A smaller batch."""
+    for part in parts:
+        batch = work.train.batch_size // part
+        if work.train.batch_size % part == 0 and batch % (work.train.accumulate * devices) == 0:
+            train = dataclasses.replace(work.train, batch_size=batch)
+            yield f"train.batch_size={batch}", dataclasses.replace(work, train=train)
 
 
 def _smaller_serving(report: Report) -> Iterator[Change]:
