@@ -86,6 +86,7 @@ class Collective:
     group: int  # devices that take part
     is_overlapped: bool  # computation is scheduled while it runs
     network: str  # ici, or dcn between slices
+    shape: str  # of the result, once: bf16[4096,1024]
     source: str  # model/layers.py:46
     operation: str  # jax's name of what it came from
 
@@ -142,6 +143,11 @@ def num_bytes(type_: str) -> int:
         width = BITS.get(kind, 8 if kind.startswith("f8") else 0)
         bits += width * math.prod(int(side) for side in sides.split(",") if side)
     return -(-bits // 8)
+
+
+def plain_type(type_: str) -> str:
+    """A type without its layout.  bf16[8,128]{1,0:T(8,128)} -> bf16[8,128]"""
+    return " ".join(f"{kind}[{sides}]" for kind, sides in _SHAPE.findall(type_) if kind in BITS or kind[:2] == "f8")
 
 
 def parts_of(type_: str) -> list[str]:
@@ -378,6 +384,7 @@ def _within_slice(module, computation, operation, times, mesh, said, caller: Cal
         group=width,
         is_overlapped=overlaps,
         network="ici",
+        shape=plain_type(result),
         **_origin(module, computation, operation, caller),
     )
 
@@ -410,6 +417,7 @@ def _between_slices(module, computation, operation, times, mesh, slice_axes, sai
         group=math.prod(mesh[axis] for axis in slice_axes),
         is_overlapped=_is_overlapped(computation, operation) or _is_overlapped(computation, answer),
         network="dcn",
+        shape=plain_type(parts_of(answer.type)[0]),
         **_origin(module, computation, operation, None),
     )
 

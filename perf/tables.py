@@ -72,17 +72,25 @@ def compile_lines(report: Report, changes: Sequence[Change]) -> Iterator[str]:
 
 
 def collective_lines(rows: Sequence[Collective]) -> Iterator[str]:
-    """Every collective with its line of source."""
-    head = ("kind", "axis", "times", "MiB sent", "operand MiB", "result MiB", "", "source", "from")
+    """Every collective with its line of source, those that are alike in one line."""
+    head = ("kind", "axis", "times", "MiB sent", "operand MiB", "result MiB", "", "result", "source", "from")
+    alike: dict[tuple, list[Collective]] = {}
+    for row in rows:
+        key = (row.kind, row.axis, row.network, row.is_overlapped, row.shape, row.source, row.operation)
+        alike.setdefault(key, []).append(row)
+    most_first = sorted(alike.values(), key=lambda some: -sum(row.wire_bytes for row in some))
     yield from aligned(
         [
             head,
             *(
                 (
-                    row.kind, row.axis, f"{row.count}", mib(row.wire_bytes), mib(row.operand_bytes),
-                    mib(row.result_bytes), "overlapped" if row.is_overlapped else "", row.source, short(row.operation),
+                    row.kind, row.axis if row.network == "ici" else f"{row.axis} (dcn)",
+                    f"{sum(row.count for row in some)}", mib(sum(row.wire_bytes for row in some)),
+                    mib(sum(row.operand_bytes for row in some)), mib(sum(row.result_bytes for row in some)),
+                    "overlapped" if row.is_overlapped else "", short(row.shape, 32), row.source, short(row.operation),
                 )
-                for row in rows
+                for some in most_first
+                for row in some[:1]
             ),
         ],
         right=range(2, 6),
@@ -100,6 +108,7 @@ def collective_json(row: Collective) -> dict[str, Any]:
         "wire_bytes": round(row.wire_bytes),
         "overlapped": row.is_overlapped,
         "network": row.network,
+        "shape": row.shape,
         "source": row.source,
         "operation": row.operation,
     }
@@ -135,9 +144,9 @@ def aligned(rows: Sequence[Sequence[str]], *, right: Sequence[int]) -> Iterator[
 
 
 def short(operation: str, most: int = 60) -> str:
-    """The end of jax's name of an operation, without what says nothing."""
+    """The end of a text that is long, and of jax's name of an operation without the words that say nothing."""
     words = [word for word in operation.split("/") if word not in ("while", "body", "closed_call", "checkpoint")]
-    text = "/".join(words[1:])
+    text = "/".join(words[1:] if len(words) > 1 else words)
     return text if len(text) <= most else "…" + text[-most + 1 :]
 
 

@@ -174,6 +174,13 @@ def test_bytes_of_a_type(written, size):
     assert hlo.num_bytes(written) == size
 
 
+def test_a_type_is_told_without_its_layout():
+    assert hlo.plain_type("(f32[2,2]{1,0:T(2,128)(2,1)S(1)}, /*index=1*/u32[]{:S(2)})") == "f32[2,2] u32[]"
+    rows = {(row.kind, row.axis): row.shape for row in hlo.collectives(hlo.parse(PROGRAM), MESH)}
+    assert rows["reduce-scatter", "fsdp"] == "f32[4,128]"
+    assert rows["collective-permute", "data"] == "f32[8,128]", "without what the device remembers"
+
+
 def test_parts_of_a_tuple():
     assert hlo.parts_of("(f32[2,2]{1,0:T(2,128)(2,1)}, (u32[], u32[]), /*index=2*/token[])") == [
         "f32[2,2]{1,0:T(2,128)(2,1)}",
