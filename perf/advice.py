@@ -32,16 +32,22 @@ def changes(report: Report) -> list[Change]:
         return list(_smaller_serving(report))
     before = _sizes(report, report.work)
     assert before is not None, "what was compiled has sizes"
-    found = []
-    for kind in _candidates(report):
-        tried = [
-            Change(settings, peak, peak <= report.topology.hbm_bytes)
-            for settings, work in kind
-            if (peak := estimate(report, before, work)) is not None and peak < report.peak_bytes
-        ]
-        found += [next((change for change in tried if change.fits), tried[-1])] if tried else []
+    tried = [_mildest(report, before, kind) for kind in _candidates(report)]
+    found = [change for change in tried if change is not None]
     fitting = [change for change in found if change.fits]
     return fitting or sorted(found, key=lambda change: change.peak_bytes)
+
+
+def _mildest(report: Report, before: dict[str, int], kind: Iterator[tuple[str, Work]]) -> Change | None:
+    """The first of a kind of change that fits, else the last that helps."""
+    last = None
+    for settings, work in kind:
+        peak = estimate(report, before, work)
+        if peak is not None and peak < report.peak_bytes:
+            last = Change(settings, peak, peak <= report.topology.hbm_bytes)
+            if last.fits:
+                return last
+    return last
 
 
 def estimate(report: Report, before: dict[str, int], work: Work) -> int | None:

@@ -7,7 +7,7 @@ from perf.hlo import Collective
 
 GATHER = Collective(
     kind="all-gather", axis="fsdp", count=32, operand_bytes=2**20, result_bytes=2**24, group=16, is_overlapped=True,
-    network="ici", shape="bf16[1,4096,1024]", source="model/decoder.py:139", operation="jit(step)/while/body/all_gather",
+    network="ici", shape="bf16[1,4096,1024]", source="model/decoder.py:139", operation="jit(f)/while/body/all_gather",
 )  # fmt: skip
 REDUCE = Collective(
     kind="all-reduce", axis="data", count=1, operand_bytes=2**26, result_bytes=2**26, group=2, is_overlapped=False,
