@@ -19,7 +19,7 @@ from parallel.mesh import make_mesh
 from parallel.topology import find, topology_devices
 from perf import __main__ as door
 from perf import advice, aot, hlo, memory, shardings
-from perf.aot import LOW, Work
+from perf.aot import LOW, Report, Work
 from training.config import OptimConfig, TrainConfig
 
 needs_libtpu = pytest.mark.skipif(
@@ -104,24 +104,38 @@ def test_two_slices_talk_over_their_network():
 
 @needs_libtpu
 def test_what_does_not_fit_is_a_report_with_ways_out():
-    work = dataclasses.replace(
-        WORK,
-        mesh=MeshConfig(),
-        train=dataclasses.replace(WORK.train, batch_size=2**15),
-        model=dataclasses.replace(MODEL, remat="dots"),
-    )
-    report = aot.compiled(work, find("v5e:1x1"), effort=LOW)
+    model = dataclasses.replace(MODEL, embed_dim=2048, ffn_dim=2**17)  # 29 GB with moments, repeated on every device
+    report = aot.compiled(dataclasses.replace(WORK, mesh=MeshConfig(), model=model), find("v5e:2x2"), effort=LOW)
     assert not report.fits
     assert report.peak_bytes > report.topology.hbm_bytes
     assert sum(report.breakdown.values()) == report.peak_bytes
-    assert "activations" in dict(advice.blame(report))
+    assert [kind for kind, _ in advice.blame(report)][:2] == ["moments", "weights"]
+    (change,) = advice.changes(report)
+    assert change.fits
+    assert change.settings == "mesh.data=1 mesh.fsdp=4", "no batch is small enough"
+
+
+@needs_libtpu
+def test_each_kind_of_change_is_proposed_at_its_mildest():
+    sizes = {"weights": 1, "moments": 2, "gradients": 1, "activations": 96 * 2**30, "logits": 0, "cache": 0}
+    mesh = make_mesh(dataclasses.replace(WORK.mesh, fsdp=8))
+    work = dataclasses.replace(
+        WORK,
+        mesh=MeshConfig(data=1, fsdp=8),
+        model=dataclasses.replace(MODEL, remat="dots"),
+        train=dataclasses.replace(WORK.train, batch_size=2**17),
+    )
+    report = Report(
+        work=work, topology=find("v5e:2x4"), mesh=aot.mesh_sizes(mesh), fits=False, peak_bytes=98 * 2**30,
+        argument_bytes=0, output_bytes=0, alias_bytes=0, temp_bytes=0, breakdown=memory.breakdown(98 * 2**30, sizes),
+        collectives=[], kernels={}, lower_cpu_seconds=0.0, compile_cpu_seconds=0.0, text="",
+    )  # fmt: skip
     changes = advice.changes(report)
-    assert changes
-    assert all(change.fits for change in changes)
+    assert len(changes) > 1
     for change in changes:
-        settings = {"train.batch_size": "32768", **dict(word.split("=") for word in change.settings.split())}
+        settings = {"train.batch_size": str(2**17), **dict(word.split("=") for word in change.settings.split())}
         run = resolve(["configs/tiny.py", *map("=".join, settings.items())], door.DEFAULT)
-        assert run.train.accumulate > 1 or run.train.batch_size < 2**15 or run.model.remat == "full"
+        assert run.train.accumulate > 1 or run.train.batch_size < 2**17 or run.model.remat == "full"
 
 
 def test_another_error_of_the_compiler_is_no_lack_of_memory():
