@@ -28,6 +28,7 @@ KINDS = (
 )  # fmt: skip
 PASSED_THROUGH = "parallel/sharding.py:"
 PAIRS = "source_target_pairs="
+ASIDE = ("async-start", "call-start")  # what runs beside the schedule: call-start on a tpu7x's SparseCore
 COMPUTE = {"fusion", "convolution", "dot", "custom-call", "while", "call", "conditional"}
 SENT = {"one-to-one": "collective-permute"}  # what the network between slices calls differently
 
@@ -110,7 +111,7 @@ def parse(text: str) -> Module:
             elif head := _COMPUTATION.match(line):
                 name, operations, root = head[2], {}, None
                 entry = name if head[1] else entry
-        elif line.rstrip() == "}":
+        elif line.startswith("}"):  # perhaps with the core that it runs on
             assert root is not None, f"computation {name} has no root"
             computations[name], name = Computation(name, operations, root), ""
         elif found := _OPERATION.match(line):
@@ -191,7 +192,7 @@ def _calls(module: Module, computation: Computation, operation: Operation) -> It
         branches = re.search(r"branch_computations=\{([^}]*)\}", operation.rest)
         two = (operation.called("true_computation"), operation.called("false_computation"))
         yield from ((name.strip().lstrip("%"), 1) for name in (branches[1].split(",") if branches else two))
-    elif operation.opcode == "call":
+    elif operation.opcode in ("call", "call-start"):
         yield operation.called("to_apply"), 1
     elif operation.opcode in ("fusion", "async-start", "custom-call") and operation.called("calls"):
         yield operation.called("calls"), 1
@@ -330,7 +331,8 @@ def collectives(
         called: (computation, operation)
         for computation in module.computations.values()
         for operation in computation.operations.values()
-        if operation.opcode in ("fusion", "async-start", "custom-call") and (called := operation.called("calls"))
+        if operation.opcode in ("fusion", "custom-call", *ASIDE)
+        and (called := operation.called("calls") or operation.called("to_apply"))
     }
     found: dict[tuple, Collective] = {}
     for name, times in executions(module).items():
@@ -373,7 +375,7 @@ def _within_slice(module, computation, operation, times, mesh, said, caller: Cal
     if kind == "all-reduce" and _is_scatter(computation, caller):
         kind, result = "reduce-scatter", computation.root.type
     overlaps = is_fused or _is_overlapped(computation, operation)
-    if caller and caller[1].opcode == "async-start":
+    if caller and caller[1].opcode in ASIDE:
         overlaps = _is_overlapped(*caller)
     return Collective(
         kind=kind,

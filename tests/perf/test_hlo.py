@@ -189,6 +189,29 @@ def test_parts_of_a_tuple():
     ]
 
 
+ON_ANOTHER_CORE = """\
+HloModule jit_step, is_scheduled=true
+
+%called (p: f32[4,128]) -> f32[8,128] {
+  %p = f32[4,128]{1,0} parameter(0)
+  ROOT %all-gather = f32[8,128]{1,0} all-gather(%p), channel_id=1, replica_groups={{0,1},{2,3},{4,5},{6,7}}, dimensions={0}
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: f32[4,128]) -> f32[8,128] {
+  %x = f32[4,128]{1,0} parameter(0)
+  %start = ((f32[4,128]{1,0}), f32[8,128]{1,0}) call-start(%x), async_execution_thread="sparsecore", to_apply=%called
+  %busy = f32[4,128]{1,0} custom-call(%x), custom_call_target="tpu_custom_call"
+  ROOT %done = f32[8,128]{1,0} call-done(%start)
+}
+"""  # noqa: E501
+
+
+def test_a_sparse_core_moves_beside_the_schedule():
+    (row,) = hlo.collectives(hlo.parse(ON_ANOTHER_CORE), MESH)
+    assert (row.kind, row.axis, row.operand_bytes, row.result_bytes) == ("all-gather", "tensor", 2048, 4096)
+    assert row.is_overlapped
+
+
 BETWEEN_SLICES = """\
 HloModule jit_step, is_scheduled=true
 
