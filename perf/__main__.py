@@ -165,20 +165,19 @@ def _shardings(asked: argparse.Namespace) -> int:
         raise ValueError("--devices and --topology both say how many devices there are; give one of them")
     if asked.devices and asked.slices > 1:
         raise ValueError("--slices is of a topology; give --topology T")
-    if asked.devices:
+    topology = None if asked.devices else _topology(asked, run)
+    num_devices = topology.num_devices if topology else asked.devices
+    run.check_devices(num_devices)
+    if not asked.topology:  # any devices will do where nothing is compiled
         import jax
 
-        jax.config.update("jax_num_cpu_devices", asked.devices)
-        topology = None
-    else:
-        topology = _topology(asked, run)
+        jax.config.update("jax_num_cpu_devices", num_devices)
     _ready(asked)
     from parallel.mesh import make_mesh
     from parallel.topology import topology_devices
     from perf import aot, shardings, tables
 
-    run.check_devices(topology.num_devices if topology else asked.devices)
-    devices = topology_devices(topology.name) if topology else None
+    devices = topology_devices(topology.name) if asked.topology and topology else None
     work, mesh = _work(run), make_mesh(run.mesh, devices)
     rows = shardings.report(work, mesh)
     found: dict[str, Any] = {

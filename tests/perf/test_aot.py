@@ -103,6 +103,16 @@ def test_two_slices_talk_over_their_network():
 
 
 @needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v6e:2x4", "v5p:2x2x2", "tpu7x:2x2x1"])
+def test_every_generation_says_what_it_moves(name):
+    report = aot.compiled(dataclasses.replace(WORK, mesh=MeshConfig(data=1, fsdp=8)), find(name), effort=LOW)
+    assert report.fits
+    assert {row.axis for row in report.collectives} == {"fsdp"}
+    assert "all-gather" in {row.kind for row in report.collectives}
+
+
+@needs_libtpu
 def test_what_does_not_fit_is_a_report_with_ways_out():
     model = dataclasses.replace(MODEL, embed_dim=2048, ffn_dim=2**17)  # 29 GB with moments, repeated on every device
     report = aot.compiled(dataclasses.replace(WORK, mesh=MeshConfig(), model=model), find("v5e:2x2"), effort=LOW)
