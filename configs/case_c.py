@@ -17,7 +17,12 @@ from training.config import TrainConfig
 
 run = RunConfig(
     name="case_c",
-    model=dataclasses.replace(llama3_1_70b(), compute_dtype="bfloat16", remat="dots"),
+    model=dataclasses.replace(
+        llama3_1_70b(),
+        compute_dtype="bfloat16",
+        remat="attention",
+        remat_save=("query", "key", "value", "middle"),
+    ),
     mesh=MeshConfig(data=1, fsdp=128),
     train=TrainConfig(steps=1000, batch_size=256, seq_len=4096),
     topologies=("v5p:4x4x8",),

@@ -513,7 +513,9 @@ def kernel_name(operation: Operation) -> str:
     """The name that the kernel was given, else the function it stands in."""
     told = re.search(r'op_name="([^"]*)"', operation.rest)
     path = [part for part in (told[1] if told else "").split("/") if part != "pallas_call"]
-    return path[-1] if path and path[-1] else re.sub(r"\.\d+$", "", operation.name)
+    if path and path[-1]:
+        return re.sub(r"^jit\((.*)\)$", r"\1", path[-1])
+    return re.sub(r"\.\d+$", "", operation.name)
 
 
 def summary(rows: Sequence[Collective]) -> list[dict[str, Any]]:

@@ -96,7 +96,10 @@ def saved_by_layer(model: ModelConfig) -> list[tuple[Names, int]]:
         "ffn_gate": (ffn, width * F * model.gated),
         "ffn_up": (ffn, width * F),
     }
-    products = [(ffn, width * inner * (1 + model.gated)), (stream, 2 * width * D)]
+    products = [
+        (ffn, width * inner * (1 + model.gated)),
+        (stream, width * D),
+    ]  # the last one's is the next layer's input
     begin = (stream, width * D)
     if model.remat == "none":
         return [begin, *sizes.values(), *products, (stream, 4 * width * D)]
