@@ -11,6 +11,7 @@ from data.config import DataConfig
 from model.config import ModelConfig
 from parallel.config import AxisRules, HostsConfig, MeshConfig
 from parallel.records import nearest
+from parallel.topology import find
 from training.config import OptimConfig, TrainConfig
 
 
@@ -28,11 +29,14 @@ class RunConfig:
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig
+    topologies: tuple[str, ...] = ()  # TPU slices that this run is meant for, e.g. v5e:16x16; *2 is two of them
 
     def __post_init__(self):
         check_name(self.name)
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed} must be between 0 and {2**32 - 1}; it seeds 32-bit generators")
+        for name in self.topologies:
+            find(name)
         check_lengths(self.model, self.optim, self.train)
         check_rules(self.rules, self.mesh)
         check_splits(self, {axis: max(size, 1) for axis, size in dataclasses.asdict(self.mesh).items()})

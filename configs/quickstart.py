@@ -47,4 +47,5 @@ run = RunConfig(
         save_every=100,
         sample_prompt="def ",
     ),
+    topologies=("v5e:1x1",),
 )

@@ -45,4 +45,5 @@ run = RunConfig(
         save_every=250,
         sample_tokens=0,
     ),
+    topologies=("v5e:1x1",),
 )

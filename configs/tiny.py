@@ -33,4 +33,5 @@ run = RunConfig(
         save_every=5,
         sample_tokens=8,
     ),
+    topologies=("v5e:1x1",),
 )

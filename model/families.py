@@ -63,6 +63,11 @@ def llama3_1_8b() -> ModelConfig:
     return _llama3(4096, 32, 32, 14_336, stretch=8.0)
 
 
+def llama3_1_70b() -> ModelConfig:
+    """Llama 3.1 70B."""
+    return _llama3(8192, 80, 64, 28_672, stretch=8.0)
+
+
 def llama3_1_405b() -> ModelConfig:
     """Llama 3.1 405B."""
     return _llama3(16_384, 126, 128, 53_248, stretch=8.0)
@@ -446,7 +451,7 @@ def gpt2_xl() -> ModelConfig:
 PUBLISHED: dict[str, Callable[[], ModelConfig]] = {
     make.__name__: make
     for make in (
-        llama2_7b, llama3_8b, llama3_70b, llama3_1_8b, llama3_1_405b, llama3_2_1b,
+        llama2_7b, llama3_8b, llama3_70b, llama3_1_8b, llama3_1_70b, llama3_1_405b, llama3_2_1b,
         smollm2_135m, smollm2_360m, smollm2_1_7b, mistral_7b,
         qwen2_0_5b, qwen2_7b, qwen2_5_0_5b, qwen2_5_7b, qwen3_0_6b, qwen3_8b,
         mixtral_8x7b, mixtral_8x22b, qwen3_30b_a3b, qwen3_235b_a22b, deepseek_v2_lite, deepseek_v3,

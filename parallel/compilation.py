@@ -9,6 +9,7 @@ import time
 import jax
 
 LIMIT = 2 * 2**30  # bytes; the least recently used programs go first
+TPU_OPTIONS: dict[str, str | bool | int | float] = {}  # of the TPU compiler, for every step
 BEING_WRITTEN = 60.0  # seconds for which another process may still be writing a program
 
 

@@ -52,9 +52,9 @@ def use(mesh: Mesh, rules: AxisRules, *, manual: bool = False) -> Iterator[None]
 
 
 def axes_of(bound: MeshAxes) -> tuple[str, ...]:
-    """The axes of the mesh itself: `fsdp` is three of them."""
+    """The axes of the mesh itself, each once: `fsdp` is three of them."""
     named = () if bound is None else (bound,) if isinstance(bound, str) else bound
-    return tuple(part for axis in named for part in (FSDP if axis == "fsdp" else (axis,)))
+    return tuple(dict.fromkeys(part for axis in named for part in (FSDP if axis == "fsdp" else (axis,))))
 
 
 def spec(names: Names, rules: AxisRules, mesh: Mesh) -> P:

@@ -1,18 +1,55 @@
-"""`python -m perf bench train|prefill|decode`: the measured figure, this machine's roof, and the ratio of the two."""
+"""Predict and measure: what a step needs on a TPU slice, how tensors are split, how fast this machine is.
+
+    python -m perf compile CONFIG [key=value ...] --topology v5e:16x16    the TPU compiler's own word, without a TPU
+    python -m perf shardings CONFIG [key=value ...] [--topology v5e:4x4]   tensor by tensor, collective by collective
+    python -m perf bench train|prefill|decode                              measured, beside this machine's roof
+
+Nothing heavy is imported before the command line is read.
+"""
 
 import argparse
+import dataclasses
 import json
+import pathlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-USUAL = {"train": (4, 512), "prefill": (1, 512), "decode": (1, 64)}  # batch, length
+USUAL = {"train": (4, 512), "prefill": (1, 512), "decode": (1, 64)}  # batch, length of a bench
+DEFAULT = pathlib.Path(__file__).parents[1] / "configs" / "quickstart.py"
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command line; exit status 2 after an error that the user can mend."""
-    parser = argparse.ArgumentParser(prog="python -m perf", description=__doc__, allow_abbrev=False)
+    parser = _parser()
+    asked, extra = parser.parse_known_args(arguments)  # settings may stand between options, too
+    if extra and (asked.command == "bench" or any(word.startswith("-") for word in extra)):
+        parser.error(f"unrecognized arguments: {' '.join(extra)}")
+    try:
+        if asked.command == "bench":
+            return _bench(asked)
+        asked.words += extra
+        return {"compile": _compile, "shardings": _shardings}[asked.command](asked)
+    except (ValueError, OSError) as error:
+        if sys.flags.dev_mode:  # python -X dev -m perf … shows where
+            raise
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m perf",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    bench = commands.add_parser("bench", help="measure this machine")
+
+    bench = commands.add_parser("bench", help="measure this machine", allow_abbrev=False)
     bench.add_argument("kind", choices=USUAL)
     bench.add_argument("--batch", type=_positive, help="sequences (default: train 4, else 1)")
     bench.add_argument("--length", type=_positive, help="tokens of a sequence or prompt (default: decode 64, else 512)")
@@ -20,31 +57,24 @@ def main(arguments: Sequence[str]) -> int:
     bench.add_argument("--rounds", type=_positive, default=5, help="rounds, of which medians are taken (default 5)")
     bench.add_argument("--peer", default="", metavar="PYTHON", help="interpreter with torch and transformers")
     bench.add_argument("--json", action="store_true", help="one JSON object, last on stdout")
-    asked = parser.parse_args(arguments)
-    batch, length = USUAL[asked.kind]
 
-    from parallel.compilation import cache_compilations
-    from parallel.host_memory import keep_freed_memory
-
-    keep_freed_memory()
-    cache_compilations()
-    from perf.bench import BenchConfig, run
-
-    config = BenchConfig(
-        kind=asked.kind,
-        batch=asked.batch or batch,
-        length=asked.length or length,
-        tokens=asked.tokens,
-        rounds=asked.rounds,
-        peer=asked.peer,
-    )
-    try:
-        result = run(config, lambda line: print(line, file=sys.stderr, flush=True))
-    except (ValueError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    print(json.dumps(result) if asked.json else "\n".join(_lines(result)))
-    return 0
+    compile_ = commands.add_parser("compile", help="compile a run's step for a TPU slice", allow_abbrev=False)
+    shardings = commands.add_parser("shardings", help="how a run's tensors are split", allow_abbrev=False)
+    for command in (compile_, shardings):
+        command.add_argument("words", nargs="*", metavar="CONFIG [key=value ...]", help="a run, as for train.py")
+        command.add_argument(
+            "--topology", default="", metavar="T", help="such as v5e:16x16 (default: the config's first)"
+        )
+        command.add_argument("--slices", type=_positive, default=1, help="slices of that shape (default 1)")
+        command.add_argument("--effort", type=_effort, default=None, metavar="E", help="the compiler's, -1.0 to 1.0")
+        command.add_argument("--json", action="store_true", help="one JSON object, last on stdout")
+    compile_.add_argument("--step", choices=("train", "prefill", "decode"), default="train", help="default: train")
+    compile_.add_argument("--batch", type=_positive, help="sequences of prefill and decode (default 1)")
+    compile_.add_argument("--length", type=_positive, help="tokens of a prompt, or in the cache (default: the run's)")
+    compile_.add_argument("--hlo", default="", metavar="FILE", help="write the scheduled HLO there")
+    compile_.add_argument("--largest-batch", action="store_true", help="find the largest train batch that fits")
+    shardings.add_argument("--devices", type=_positive, help="over so many devices (default: of the first topology)")
+    return parser
 
 
 def _positive(text: str) -> int:
@@ -54,11 +84,158 @@ def _positive(text: str) -> int:
     return value
 
 
+def _effort(text: str) -> float:
+    value = float(text)
+    if not -1.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"{value} must be between -1.0 (hasty) and 1.0")
+    return value
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _bench(asked: argparse.Namespace) -> int:
+    """Measure this machine."""
+    from parallel.compilation import cache_compilations
+    from parallel.host_memory import keep_freed_memory
+
+    keep_freed_memory()
+    cache_compilations()
+    from perf.bench import BenchConfig, run
+
+    batch, length = USUAL[asked.kind]
+    config = BenchConfig(
+        kind=asked.kind,
+        batch=asked.batch or batch,
+        length=asked.length or length,
+        tokens=asked.tokens,
+        rounds=asked.rounds,
+        peer=asked.peer,
+    )
+    result = run(config, _say)
+    print(json.dumps(result) if asked.json else "\n".join(_lines(result)))
+    return 0
+
+
 def _lines(result: dict) -> list[str]:
     return [
         f"{key:>26}  {value:,.4g}" if isinstance(value, float) else f"{key:>26}  {value}"
         for key, value in result.items()
     ]
+
+
+def _compile(asked: argparse.Namespace) -> int:
+    """Compile one step of a run and say what the compiler made of it."""
+    run = _run(asked)
+    topology = _topology(asked, run)
+    if asked.step == "train" and (asked.batch or asked.length):
+        raise ValueError("--batch and --length are of prefill and decode; a run has train.batch_size and train.seq_len")
+    if asked.step != "train" and asked.largest_batch:
+        raise ValueError(f"--largest-batch is of the train step; for {asked.step} give --batch")
+    _ready(asked)
+    from perf import advice, aot, tables
+
+    work = dataclasses.replace(
+        _work(run), step=asked.step, batch=asked.batch or 1, length=asked.length or run.train.seq_len
+    )
+    if asked.step == "train":
+        run.check_devices(topology.num_devices)
+    effort = aot.FULL if asked.effort is None else asked.effort
+    report = aot.compiled(work, topology, effort=effort)
+    changes = [] if report.fits else advice.changes(report)
+    found: dict[str, Any] = tables.compile_json(report, changes)
+    if asked.hlo and report.text:
+        pathlib.Path(asked.hlo).write_text(report.text)
+    if not asked.json:
+        print("\n".join(tables.compile_lines(report, changes)), flush=True)
+    if asked.largest_batch:
+        found["largest_batch"] = aot.largest_batch(work, topology, _say)
+        if not asked.json:
+            print(f"largest batch that fits: {found['largest_batch']} a device")
+    if asked.json:
+        print(json.dumps(found))
+    return 0
+
+
+def _shardings(asked: argparse.Namespace) -> int:
+    """Say how each tensor of a run is split, and what the compiled step moves."""
+    run = _run(asked)
+    if asked.devices and asked.topology:
+        raise ValueError("--devices and --topology both say how many devices there are; give one of them")
+    if asked.devices and asked.slices > 1:
+        raise ValueError("--slices is of a topology; give --topology T")
+    topology = None if asked.devices else _topology(asked, run)
+    num_devices = topology.num_devices if topology else asked.devices
+    run.check_devices(num_devices)
+    if not asked.topology:  # any devices will do where nothing is compiled
+        import jax
+
+        jax.config.update("jax_num_cpu_devices", num_devices)
+    _ready(asked)
+    from parallel.mesh import make_mesh
+    from parallel.topology import topology_devices
+    from perf import aot, shardings, tables
+
+    devices = topology_devices(topology.name) if asked.topology and topology else None
+    work, mesh = _work(run), make_mesh(run.mesh, devices)
+    rows = shardings.report(work, mesh)
+    found: dict[str, Any] = {
+        "mesh": aot.mesh_sizes(mesh),
+        "tensors": [shardings.plain(row) for row in rows],
+        "flagged": [row.path for row in rows if row.flag],
+        "state_bytes": shardings.total(rows),
+    }
+    if not asked.json:
+        print("\n".join(tables.sharding_lines(rows)), flush=True)
+    if asked.topology and topology:
+        report = aot.compiled(work, topology, effort=aot.FULL if asked.effort is None else asked.effort)
+        found["collectives"] = [tables.collective_json(row) for row in report.collectives]
+        if not asked.json:
+            fits = "" if report.fits else "; the step does not fit: python -m perf compile says what would help"
+            print(f"collectives of a step on {topology.name}{fits}")
+            print("\n".join(tables.collective_lines(report.collectives)))
+    if asked.json:
+        print(json.dumps(found))
+    return 0
+
+
+def _run(asked: argparse.Namespace):
+    from configs.commandline import resolve
+
+    return resolve(asked.words, DEFAULT)
+
+
+def _topology(asked: argparse.Namespace, run):
+    """The slices asked for, else the first that the config names."""
+    from parallel.topology import find
+
+    name = asked.topology or next(iter(run.topologies), "")
+    if not name:
+        raise ValueError(f"{run.name} names no topologies; give --topology T, such as --topology v5e:4x4")
+    return find(name, asked.slices)
+
+
+def _ready(asked: argparse.Namespace) -> None:
+    """Set this process up: computing on the CPU, compiling for TPUs, keeping nothing."""
+    import jax
+
+    from parallel.topology import prepare
+
+    prepare()
+    jax.config.update("jax_enable_compilation_cache", False)  # jax cannot read a TPU's program back without a TPU
+
+
+def _work(run):
+    from perf.aot import Work, with_assumed_vocabulary
+
+    return Work(
+        model=with_assumed_vocabulary(run.model, run.data),
+        mesh=run.mesh,
+        rules=run.rules,
+        optim=run.optim,
+        train=run.train,
+    )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,9 @@ import os
 
 # Tests compile much and compute little: programs are compiled in haste, here and in the processes that tests start.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+os.environ.setdefault(
+    "JAX_PLATFORMS", "cpu"
+)  # an installed libtpu would look for a chip, here and in started processes
 
 import jax
 

@@ -14,6 +14,7 @@ PUBLISHED = {
     "llama3_8b": 8_030_261_248,  # meta-llama/Meta-Llama-3-8B
     "llama3_70b": 70_553_706_496,  # meta-llama/Meta-Llama-3-70B
     "llama3_1_8b": 8_030_261_248,  # meta-llama/Llama-3.1-8B
+    "llama3_1_70b": 70_553_706_496,  # meta-llama/Llama-3.1-70B
     "llama3_1_405b": 405_853_388_800,  # meta-llama/Llama-3.1-405B
     "llama3_2_1b": 1_235_814_400,  # meta-llama/Llama-3.2-1B
     "smollm2_135m": 134_515_008,  # HuggingFaceTB/SmolLM2-135M

@@ -1,0 +1,361 @@
+"""The real train, prefill and decode steps, compiled for TPU slices that are not here. Knows no command line.
+
+    compiled(work, find("v5e:16x16"))  ->  Report(fits=True, peak_bytes=…, collectives=…)
+
+The compiler is the chips' own, so memory and the list of collectives are its word, not an estimate.
+"""
+
+import contextlib
+import dataclasses
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from data.config import DataConfig
+from data.packing import Batch
+from data.tokenizer import ByteTokenizer
+from inference import steps as serving
+from inference.cache import slots_for
+from inference.config import SamplingConfig
+from inference.engine import PIECE, SMALLEST_PIECE
+from inference.sampling import knobs
+from inference.steps import Cursor, Limits, Program, power_of_two
+from model.config import ModelConfig
+from model.memory import dense_cache
+from model.parameters import abstract, shardings, summed_dims
+from parallel.compilation import TPU_OPTIONS
+from parallel.config import AxisRules, ExecutionConfig, MeshConfig
+from parallel.mesh import make_mesh
+from parallel.topology import Topology, topology_devices
+from perf import hlo, memory
+from perf.hlo import Collective
+from training.config import OptimConfig, TrainConfig
+from training.loop import with_vocabulary
+from training.state import TrainState, abstract_state
+from training.step import make_steps
+
+Step = Literal["train", "prefill", "decode"]
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+FULL, LOW = 0.0, -1.0  # the compiler's effort: what runs are compiled with, and what a quick answer is
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """What is compiled."""
+
+    step: Step = "train"
+    model: ModelConfig  # with its vocabulary
+    mesh: MeshConfig
+    rules: AxisRules
+    optim: OptimConfig
+    train: TrainConfig  # batch and length of a train step
+    execution: ExecutionConfig = ExecutionConfig()  # how a train step runs on its mesh
+    batch: int = 1  # B, sequences (prefill, decode)
+    length: int = 1  # T, tokens of a prompt (prefill) or in the cache (decode)
+
+
+class Lowered(NamedTuple):
+    """A step before the compiler has seen it."""
+
+    program: jax.stages.Lowered
+    sizes: dict[str, int]  # bytes a device by kind
+    argument_bytes: int  # a device
+    mesh: Mesh
+    cpu_seconds: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """What the compiler made of a step. Bytes are of one device, and of one step where they move."""
+
+    work: Work
+    topology: Topology
+    mesh: dict[str, int]  # sizes of the axes
+    fits: bool
+    peak_bytes: int  # where it does not fit: what it would need
+    argument_bytes: int
+    output_bytes: int
+    alias_bytes: int  # of the output, that take the place of arguments
+    temp_bytes: int
+    breakdown: dict[str, int]  # the peak by kind
+    collectives: list[Collective]
+    kernels: dict[str, int]  # Pallas calls by name
+    lower_cpu_seconds: float
+    compile_cpu_seconds: float  # both together
+    text: str  # scheduled HLO; "" where it does not fit
+
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes that a device sends."""
+        return round(sum(row.wire_bytes for row in self.collectives))
+
+
+def with_assumed_vocabulary(model: ModelConfig, data: DataConfig) -> ModelConfig:
+    """The model with a vocabulary as its tokenizer will have it; no text is read for it."""
+    if model.vocab_size:
+        return model
+    sizes = {"byte": ByteTokenizer.vocab_size, "bpe": data.bpe_vocab, "char": 128}
+    if data.tokenizer not in sizes:
+        raise ValueError(
+            f"model.vocab_size=0 is the size of the tokenizer {data.tokenizer}, which is not opened to compile a step; "
+            "give model.vocab_size=NUMBER"
+        )
+    return with_vocabulary(model, sizes[data.tokenizer])
+
+
+# Lowering -------------------------------------------------------------------------------------------------------------
+
+
+def lowered(work: Work, topology: Topology) -> Lowered:
+    """The step for these devices; ValueError where the mesh does not come out on them."""
+    mesh = make_mesh(work.mesh, topology_devices(topology.name))
+    start = time.process_time()
+    with relative_sources():
+        program, sizes, argument_bytes = LOWER[work.step](work, mesh)
+    return Lowered(program, sizes, argument_bytes, mesh, time.process_time() - start)
+
+
+@contextlib.contextmanager
+def relative_sources() -> Iterator[None]:
+    """Inside, programs name this project's files from its root, wherever it lies."""
+    name = "jax_hlo_source_file_canonicalization_regex"
+    before = jax.config.values[name]
+    jax.config.update(name, f"^{re.escape(str(hlo.ROOT))}/")
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
+
+
+def structs(shapes: Any, where: Any) -> Any:
+    """Arrays without their numbers, but with their places."""
+    return jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, where)
+
+
+def train_state(work: Work, mesh: Mesh) -> tuple[Any, TrainState]:
+    """The steps of a run and the shapes of its state."""
+    steps = make_steps(work.model, work.optim, work.train, mesh, work.rules, work.execution)
+    return steps, abstract_state(work.model, steps.optimizer, ema=work.optim.ema_decay > 0)
+
+
+def train_sizes(work: Work, mesh: Mesh) -> dict[str, int]:
+    """Bytes a device by kind of a train step, lowered or not."""
+    steps, shapes = train_state(work, mesh)
+    return memory.training(work.model, work.train, mesh, work.rules, shapes, steps.state)
+
+
+def _train(work: Work, mesh: Mesh) -> tuple[jax.stages.Lowered, dict[str, int], int]:
+    steps, shapes = train_state(work, mesh)
+    size = (work.train.batch_size, work.train.seq_len)
+    types = [jnp.float32 if name == "mask" else jnp.int32 for name in Batch._fields]
+    batch: Any = Batch._make(jax.ShapeDtypeStruct(size, dtype, sharding=steps.batch) for dtype in types)
+    sizes = memory.training(work.model, work.train, mesh, work.rules, shapes, steps.state)
+    arguments = memory.device_bytes(shapes, steps.state) + sum(memory.leaf_bytes(x, x.sharding) for x in batch)
+    return steps.train.lower(structs(shapes, steps.state), batch), sizes, arguments
+
+
+def _prefill(work: Work, mesh: Mesh) -> tuple[jax.stages.Lowered, dict[str, int], int]:
+    """The largest piece of a prompt, the last one: what came before it stands in the cache."""
+    program, parameters, cache, rows = served(work, mesh)
+    tokens = min(max(power_of_two(work.length), SMALLEST_PIECE), PIECE)
+    numbers = lambda *shape: everywhere(mesh, shape, jnp.int32)  # noqa: E731
+    logits = everywhere(mesh, (rows, work.model.vocab_size), jnp.float32)
+    arguments = (parameters, numbers(rows, tokens), numbers(rows), numbers(rows), logits, cache)
+    step = serving.prefill.lower(*arguments, program=program, begins=work.length <= PIECE)
+    return step, *_served_sizes(work, mesh, arguments, cache, rows=rows, tokens=tokens)
+
+
+def _decode(work: Work, mesh: Mesh) -> tuple[jax.stages.Lowered, dict[str, int], int]:
+    """One dispatch; its loop ends when the data say so, so all counts are of one token."""
+    program, parameters, cache, rows = served(work, mesh)
+    numbers = lambda *shape: everywhere(mesh, shape, jnp.int32)  # noqa: E731
+    flags = lambda *shape: everywhere(mesh, shape, jnp.bool_)  # noqa: E731
+    V = work.model.vocab_size
+    cursor = Cursor(numbers(rows), numbers(rows), numbers(rows), flags(rows), flags(rows, V))
+    settings = jax.tree.map(lambda x: everywhere(mesh, x.shape, x.dtype), knobs([SamplingConfig()] * rows))
+    limits = Limits(flags(V), numbers(rows))
+    arguments = (parameters, cursor, cache, limits, settings, flags(rows), numbers())
+    step = serving.decode.lower(*arguments, program=program)
+    return step, *_served_sizes(work, mesh, arguments, cache, rows=rows, tokens=1)
+
+
+LOWER: dict[Step, Callable[[Work, Mesh], tuple[jax.stages.Lowered, dict[str, int], int]]] = {
+    "train": _train,
+    "prefill": _prefill,
+    "decode": _decode,
+}
+
+
+def served(work: Work, mesh: Mesh) -> tuple[Program, Any, Any, int]:
+    """What the engine gives its steps: the program, parameters as they are served, the cache, and its rows."""
+    model = dataclasses.replace(work.model, scan_layers=False, remat="none")
+    program = Program(model, mesh, work.rules, model.vocab_size)
+    rows, (_, shapes, names) = program.batch(work.batch), abstract(model)
+    is_names = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
+    dtypes = jax.tree.map(
+        lambda names, leaf: leaf.dtype if summed_dims(names) is None else model.compute_dtype,
+        names,
+        shapes,
+        is_leaf=is_names,
+    )
+    parameters = jax.tree.map(
+        lambda leaf, where, dtype: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=where),
+        shapes,
+        shardings(model, mesh, work.rules),
+        dtypes,
+    )
+    cache = jax.eval_shape(lambda: dense_cache(model, rows, slots_for(work.length)))
+    places = jax.tree.map(lambda x: serving.on_mesh(program, serving.cache_names(x)), cache)
+    return program, parameters, structs(cache, places), rows
+
+
+def everywhere(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> Any:
+    """An array that every device has whole."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P()))
+
+
+def _served_sizes(work: Work, mesh: Mesh, arguments: Any, cache: Any, *, rows: int, tokens: int) -> tuple[dict, int]:
+    held = lambda tree: sum(memory.leaf_bytes(leaf, leaf.sharding) for leaf in jax.tree.leaves(tree))  # noqa: E731
+    weights = held(arguments[0])
+    sizes = memory.serving(work.model, mesh, work.rules, weights=weights, cache=held(cache), rows=rows, tokens=tokens)
+    return sizes, held(arguments)
+
+
+# Compiling ------------------------------------------------------------------------------------------------------------
+
+
+def compiled(work: Work, topology: Topology, *, effort: float = FULL) -> Report:
+    """Lower and compile a step for a topology; one that does not fit is a report, too."""
+    return compile_lowered(work, topology, lowered(work, topology), effort=effort)
+
+
+def compile_lowered(work: Work, topology: Topology, step: Lowered, *, effort: float) -> Report:
+    """Compile what `lowered` made."""
+    options: dict[str, Any] = {**TPU_OPTIONS, **({"exec_time_optimization_effort": float(effort)} if effort else {})}
+    shared = {"work": work, "topology": topology, "mesh": mesh_sizes(step.mesh), "lower_cpu_seconds": step.cpu_seconds}
+    start = time.process_time()
+    try:
+        program = step.program.compile(compiler_options=options or None)
+    except jax.errors.JaxRuntimeError as error:
+        needed = needed_bytes(str(error), topology.hbm_bytes)
+        if needed is None:
+            said = f"the compiler refuses the {work.step} step for {topology.name}: {first_line(error)}"
+            raise ValueError(said) from error
+        return Report(
+            **shared,
+            fits=False,
+            peak_bytes=needed,
+            argument_bytes=step.argument_bytes,
+            output_bytes=0,
+            alias_bytes=0,
+            temp_bytes=max(needed - step.argument_bytes, 0),
+            breakdown=memory.breakdown(needed, step.sizes),
+            collectives=[],
+            kernels={},
+            compile_cpu_seconds=step.cpu_seconds + time.process_time() - start,
+            text="",
+        )
+    seconds = step.cpu_seconds + time.process_time() - start
+    found, text = program.memory_analysis(), program.as_text()
+    assert found is not None, "libtpu tells no memory"
+    assert text is not None, "libtpu tells no program"
+    module = hlo.parse(text)
+    peak = int(found.peak_memory_in_bytes)
+    return Report(
+        **shared,
+        fits=peak <= topology.hbm_bytes,
+        peak_bytes=peak,
+        argument_bytes=int(found.argument_size_in_bytes),
+        output_bytes=int(found.output_size_in_bytes),
+        alias_bytes=int(found.alias_size_in_bytes),
+        temp_bytes=int(found.temp_size_in_bytes),
+        breakdown=memory.breakdown(peak, step.sizes),
+        collectives=hlo.collectives(
+            module, dict(step.mesh.shape), slice_axes=slice_axes(step.mesh, topology), names=axis_names(step.mesh)
+        ),
+        kernels=hlo.kernels(module),
+        compile_cpu_seconds=seconds,
+        text=text,
+    )
+
+
+def needed_bytes(message: str, room: int) -> int | None:
+    """Bytes that the compiler asked for in vain, more than `room` however it rounded; None for another error."""
+    found = re.search(r"total memory required[^(]*\(([\d.]+)([KMGT]?)i?B?\)", message)
+    if "RESOURCE_EXHAUSTED" not in message or not found:
+        return None
+    return max(round(float(found[1]) * UNITS[found[2]]), room + 1)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def axis_names(mesh: Mesh) -> dict[str, str]:
+    """What each axis of a mesh is called in a config: one axis there may be several here, one a torus dimension."""
+    known = [field.name for field in dataclasses.fields(MeshConfig)]
+    return {axis: next((name for name in known if axis.startswith(name)), axis) for axis in mesh.axis_names}
+
+
+def mesh_sizes(mesh: Mesh) -> dict[str, int]:
+    """Devices along each axis as a config calls it."""
+    sizes: dict[str, int] = {}
+    for axis, name in axis_names(mesh).items():
+        sizes[name] = sizes.get(name, 1) * mesh.shape[axis]
+    return sizes
+
+
+def slice_axes(mesh: Mesh, topology: Topology) -> tuple[str, ...]:
+    """Axes along which one goes from slice to slice."""
+    if topology.slices == 1:
+        return ()
+    slices = np.vectorize(lambda device: device.slice_index, otypes=[int])(mesh.devices)
+    return tuple(axis for dim, axis in enumerate(mesh.axis_names) if (np.diff(slices, axis=dim) != 0).any())
+
+
+# How much fits --------------------------------------------------------------------------------------------------------
+
+
+def batch_parts(work: Work, topology: Topology) -> int:
+    """In how many parts the devices cut a batch."""
+    return memory.parts("batch", make_mesh(work.mesh, topology_devices(topology.name)), work.rules)
+
+
+def largest_batch(work: Work, topology: Topology, say: Callable[[str], None], *, effort: float = LOW) -> int:
+    """Sequences a device of the largest train batch that fits; 0 where one is too many. Compiles about six times."""
+    num_parts = batch_parts(work, topology) * work.train.accumulate
+
+    def peak(batch: int) -> int:
+        train = dataclasses.replace(work.train, batch_size=batch * num_parts)
+        report = compiled(dataclasses.replace(work, train=train), topology, effort=effort)
+        say(f"{batch} a device: {report.peak_bytes / 2**30:.2f} GiB{'' if report.fits else ', too much'}")
+        return report.peak_bytes
+
+    return largest(peak, topology.hbm_bytes, begin=max(work.train.batch_size // num_parts, 1))
+
+
+def largest(peak: Callable[[int], int], room: int, *, begin: int = 1) -> int:
+    """The largest number whose peak is within `room`, where the peak grows about evenly; 0 where 1 is too many.
+
+    Exact up to 200, to half a percent above. Each guess is on the line through two measurements, and between what fits
+    and what does not.
+    """
+    known = {0: 0, begin: peak(begin)}
+    while True:
+        low = max(n for n, bytes_ in known.items() if bytes_ <= room)
+        high = min((n for n, bytes_ in known.items() if bytes_ > room), default=None)
+        if high is not None and high - low <= max(1, low // 200):
+            return low
+        (a, at_a), (b, at_b) = sorted(known.items())[-2:] if high is None else [(low, known[low]), (high, known[high])]
+        line = a + (room - at_a) * (b - a) // (at_b - at_a) if at_b > at_a else 2 * b
+        guess = max(line, low + 1)
+        guess = min(guess, 4 * max(low, 1)) if high is None else min(guess, high - 1)
+        known[guess] = peak(guess)
