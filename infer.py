@@ -248,7 +248,7 @@ def started(model: "Model", request: Request) -> "Engine":
     from inference.weights import serving_parameters
     from parallel.mesh import make_mesh
 
-    sizes, devices, rules = dataclasses.asdict(request.mesh).values(), jax.devices(), AxisRules()
+    sizes, devices, rules = request.mesh.axes.values(), jax.devices(), AxisRules()
     mesh = make_mesh(request.mesh, devices if -1 in sizes else devices[: math.prod(sizes)])
     config, parameters = serving_parameters(model.config, model.load(mesh, rules), mesh)
     return Engine(config, parameters, mesh, rules, num_tokens=model.tokenizer.vocab_size)

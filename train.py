@@ -63,7 +63,7 @@ def start(run: RunConfig) -> int:
         )
 
     with hosts.joined(run.hosts):
-        run.check_devices(jax.device_count())
+        run = run.on(jax.device_count())
         return training.loop.train(
             pathlib.Path(run.out) / run.name,
             config=to_dict(run),
@@ -71,6 +71,7 @@ def start(run: RunConfig) -> int:
             model=run.model,
             mesh=run.mesh,
             rules=run.rules,
+            execution=run.execution,
             data=run.data,
             optim=run.optim,
             schedule=run.train,

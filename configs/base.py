@@ -4,15 +4,18 @@ Overrides are in configs/overrides.py; JSON, back and comparison in parallel/rec
 """
 
 import dataclasses
+import itertools
 import math
 import re
 
 from data.config import DataConfig
 from model.config import ModelConfig
-from parallel.config import AxisRules, HostsConfig, MeshConfig
+from parallel.config import AxisRules, ExecutionConfig, HostsConfig, MeshConfig
 from parallel.records import nearest
 from parallel.topology import find
 from training.config import OptimConfig, TrainConfig
+
+EXPERTS_APART = 8  # devices that experts are spread over by mesh=auto: tokens of a round go to that many
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +28,7 @@ class RunConfig:
     model: ModelConfig
     mesh: MeshConfig = MeshConfig()
     rules: AxisRules = AxisRules()
+    execution: ExecutionConfig = ExecutionConfig()
     hosts: HostsConfig = HostsConfig()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
@@ -39,11 +43,20 @@ class RunConfig:
             find(name)
         check_lengths(self.model, self.optim, self.train)
         check_rules(self.rules, self.mesh)
-        check_splits(self, {axis: max(size, 1) for axis, size in dataclasses.asdict(self.mesh).items()})
+        check_splits(self, {axis: max(size, 1) for axis, size in self.mesh.axes.items()})
+        check_meeting(self.rules)
 
     def check_devices(self, num_devices: int) -> None:
         """Raise ValueError where the mesh does not come out on so many devices, or splits a dimension unevenly."""
-        check_splits(self, self.mesh.sizes(num_devices))
+        sizes = self.mesh.sizes(num_devices)
+        check_splits(self, sizes)
+        check_used(self, sizes)
+
+    def on(self, num_devices: int) -> "RunConfig":
+        """The run for so many devices, its mesh picked where it is `auto`; raises ValueError as check_devices does."""
+        run = dataclasses.replace(self, mesh=picked_mesh(self, num_devices)) if self.mesh.auto else self
+        run.check_devices(num_devices)
+        return run
 
 
 def check_name(name: str) -> None:
@@ -75,7 +88,7 @@ def check_lengths(model: ModelConfig, optim: OptimConfig, train: TrainConfig) ->
 
 def check_rules(rules: AxisRules, mesh: MeshConfig) -> None:
     """Every rule names axes of the mesh, each once."""
-    axes = dataclasses.asdict(mesh)
+    axes = mesh.axes
     for name, rule in dataclasses.asdict(rules).items():
         split = axes_of(rule)
         for axis in split:
@@ -110,6 +123,7 @@ def split_dims(model: ModelConfig, train: TrainConfig) -> dict[str, dict[str, in
     return {
         "batch": {"train.batch_size / train.accumulate": train.batch_size // train.accumulate},
         "seq": {"train.seq_len": train.seq_len},
+        "residual_seq": {"train.seq_len": train.seq_len},
         "embed": {"model.embed_dim": model.embed_dim},
         "heads": {"model.num_heads": model.num_heads, "model.num_kv_heads": model.num_kv_heads},
         "head": {"model.head_dim": model.head_dim},
@@ -121,3 +135,111 @@ def split_dims(model: ModelConfig, train: TrainConfig) -> dict[str, dict[str, in
         "expert_embed": {"model.embed_dim": model.embed_dim},
         "expert_ffn": {"model.expert_ffn_dim": model.expert_ffn_dim},
     }
+
+
+def check_used(run: RunConfig, sizes: dict[str, int]) -> None:
+    """Every axis has something to split, in the way that a step goes about it."""
+    model, train, execution = run.model, run.train, run.execution
+    bound = {axis for rule in dataclasses.asdict(run.rules).values() for axis in axes_of(rule)}
+    for axis, size in sizes.items():
+        if size > 1 and axis not in bound:
+            raise ValueError(
+                f"mesh.{axis}={size} but no rule names {axis}; bind one of rules.* to it, or take mesh.{axis}=1"
+            )
+    if sizes["expert"] > 1 and not model.num_experts:
+        raise ValueError(
+            f"mesh.expert={sizes['expert']} but model.num_experts=0: nobody uses rules.experts; take mesh.expert=1 and "
+            "more of mesh.fsdp"
+        )
+    parts = math.prod(sizes[axis] for axis in axes_of(run.rules.seq))
+    if parts > 1 and execution.context == "ring" and train.seq_len % (2 * parts):
+        raise ValueError(
+            f"train.seq_len={train.seq_len} is not a multiple of 2 x {parts} (rules.seq): a ring gives every device a "
+            "chunk from the front and one from the back; change train.seq_len, or take execution.context=gather"
+        )
+    check_pipe(run, sizes)
+
+
+def check_pipe(run: RunConfig, sizes: dict[str, int]) -> None:
+    """Layers come out in equal chunks, and a device's batch in microbatches that fill the pipe."""
+    model, train, execution, ranks = run.model, run.train, run.execution, sizes["pipe"]
+    if ranks == 1:
+        if execution.repeats > 1 or execution.microbatches or execution.pipeline != "circular":
+            raise ValueError(
+                f"execution.pipeline={execution.pipeline}, microbatches={execution.microbatches}, repeats="
+                f"{execution.repeats} are set but mesh.pipe=1 has no pipe; set mesh.pipe, or leave them as they are"
+            )
+        return
+    if model.num_dense_layers:
+        raise ValueError(
+            f"mesh.pipe={ranks} needs layers that are alike, but model.num_dense_layers={model.num_dense_layers}; "
+            "take mesh.pipe=1 and more of mesh.fsdp"
+        )
+    if not model.scan_layers:
+        raise ValueError(f"mesh.pipe={ranks} needs stacked layers, but model.scan_layers=false; take true")
+    chunks = ranks * execution.repeats
+    if model.num_layers % chunks:
+        raise ValueError(
+            f"model.num_layers={model.num_layers} is not a multiple of mesh.pipe={ranks} x execution.repeats="
+            f"{execution.repeats}: every stage has equal chunks; change one of the three"
+        )
+    split = math.prod(sizes[axis] for axis in axes_of(run.rules.batch))
+    rows, parts = train.batch_size // train.accumulate // split, execution.microbatches or ranks
+    if parts % ranks or rows % parts:
+        raise ValueError(
+            f"{parts} microbatches (execution.microbatches) must be a multiple of mesh.pipe={ranks} and divide the {rows} "
+            "sequences of a device's batch; change execution.microbatches or train.batch_size"
+        )
+    tokens = train.seq_len // math.prod(sizes[axis] for axis in axes_of(run.rules.residual_seq))
+    if execution.pipeline == "1f1b" and tokens % ranks:
+        raise ValueError(
+            f"the {tokens} tokens of a sequence on one device are not a multiple of mesh.pipe={ranks}, whose stages share "
+            "the loss in execution.pipeline=1f1b; change train.seq_len, or take circular"
+        )
+
+
+def check_meeting(rules: AxisRules) -> None:
+    """Activations are split where the weights are that they meet: a step computes each device's part in place."""
+    for weights, activations in (("heads", "act_heads"), ("ffn", "act_ffn"), ("vocab", "act_vocab")):
+        bound, met = getattr(rules, weights), getattr(rules, activations)
+        if axes_of(bound) != axes_of(met):
+            raise ValueError(
+                f"rules.{weights}={bound} and rules.{activations}={met} must name the same axes: a device multiplies its "
+                "part of both"
+            )
+    whole, apart = axes_of(rules.seq), axes_of(rules.residual_seq)
+    if apart[: len(whole)] != whole:
+        raise ValueError(
+            f"rules.residual_seq={','.join(apart)} must begin with rules.seq={','.join(whole)}: between blocks a sequence "
+            "is split further"
+        )
+
+
+def picked_mesh(run: RunConfig, num_devices: int) -> MeshConfig:
+    """A mesh that divides the run: experts apart, then fully sharded data, then as little tensor and context as will do.
+
+    Weights travel least where tokens stay; tensor and context come in where the batch has no more sequences to split.
+    """
+    reasons = []
+    for tensor, context in sorted(itertools.product(divisors(num_devices), repeat=2), key=lambda pair: math.prod(pair)):
+        if num_devices % (tensor * context):
+            continue
+        for expert in sorted(divisors(math.gcd(run.model.num_experts, num_devices)), reverse=True):
+            if num_devices % (tensor * context * expert) or expert > EXPERTS_APART:
+                continue
+            fsdp = num_devices // (tensor * context * expert)
+            mesh = MeshConfig(data=1, fsdp=fsdp, expert=expert, context=context, tensor=tensor)
+            try:
+                dataclasses.replace(run, mesh=mesh).check_devices(num_devices)
+            except ValueError as error:
+                reasons.append(str(error))
+                continue
+            return mesh
+    raise ValueError(
+        f"mesh=auto finds no mesh of {num_devices} devices that divides this run; of the simplest: {reasons[0]}"
+    )
+
+
+def divisors(number: int) -> list[int]:
+    """Every divisor, smallest first; of 0, which means none of them, only 1."""
+    return [size for size in range(1, max(number, 1) + 1) if max(number, 1) % size == 0]

@@ -16,8 +16,8 @@ from training.config import TrainConfig
 
 run = RunConfig(
     name="case_e",
-    model=dataclasses.replace(llama3_2_1b(), compute_dtype="bfloat16", remat="full"),
+    model=dataclasses.replace(llama3_2_1b(), compute_dtype="bfloat16", remat="attention"),
     mesh=MeshConfig(data=1, fsdp=16),
-    train=TrainConfig(steps=1000, batch_size=16, seq_len=2048),
+    train=TrainConfig(steps=1000, batch_size=16, seq_len=2048, loss="vocabulary", loss_chunk=32768),
     topologies=("v5e:4x4",),
 )

@@ -20,6 +20,8 @@ def override(record, settings: Sequence[str]) -> Any:
         path, equals, text = setting.partition("=")
         if not equals:
             raise ValueError(f"{setting!r} is not key=value; write e.g. train.steps=100")
+        if setting == "mesh=auto":
+            path, text = "mesh.auto", "true"
         if path in values:
             raise ValueError(f"{path} is set twice; say it once")
         values[path] = parse(find(path, known), text)

@@ -66,10 +66,14 @@ class ModelConfig:
     tied: bool = True  # the unembedding is the embedding table
     init_scale: float = 1.0  # multiplies the fan-in standard deviation of every initial matrix
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of matmuls; parameters stay float32
-    remat: Literal["none", "dots", "minimal", "attention", "full"] = "none"  # what a layer keeps for backward: all … its input
+    remat: Literal["none", "dots", "minimal", "attention", "full"] = (
+        "none"  # what a layer keeps for backward: all … its input
+    )
     remat_save: tuple[Activation, ...] = ()  # activations kept besides
     remat_offload: tuple[Activation, ...] = ()  # activations kept in host memory
-    kernels: Literal["auto", "plain", "pallas"] = "auto"  # own kernels for TPUs, or plain XLA; auto goes by the platform
+    kernels: Literal["auto", "plain", "pallas"] = (
+        "auto"  # own kernels for TPUs, or plain XLA; auto goes by the platform
+    )
     scan_layers: bool = True  # one compiled layer looped L times (fast compile) rather than L copies
     num_experts: int = 0  # E, experts of a layer's FFN; 0 is one dense FFN
     experts_per_token: int = 0  # A, experts that each token goes through

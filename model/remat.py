@@ -1,10 +1,10 @@
 """What a layer keeps for its backward pass, by name, and what it computes again or lets wait in host memory.
 
-    full       the layer's input alone
-    attention  and what attention returned, with its log-sum-exp: its kernel runs once a step
-    dots       the results of matrix products
-    minimal    queries, keys, values, attention's result and the two halves of the FFN; not what one product or norm away
-    none       everything
+full       the layer's input alone
+attention  and what attention returned, with its log-sum-exp: its kernel runs once a step
+dots       the results of matrix products
+minimal    queries, keys, values, attention's result and the two halves of the FFN; not what one product or norm away
+none       everything
 """
 
 from collections.abc import Callable

@@ -19,9 +19,15 @@ class MeshConfig:
     expert: int = 1  # experts split, and the batch; tokens travel to their experts
     context: int = 1  # sequences split; keys and values travel to the queries
     tensor: int = 1  # heads, FFN and vocabulary split; between blocks, the sequence
+    auto: bool = False  # pick the sizes for the devices that are there; mesh=auto says the same
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """The size of each axis, as given."""
+        return {name: size for name, size in dataclasses.asdict(self).items() if name != "auto"}
 
     def __post_init__(self):
-        sizes = dataclasses.asdict(self)
+        sizes = self.axes
         for axis, size in sizes.items():
             if size < 1 and size != -1:
                 raise ValueError(f"mesh.{axis}={size} must be at least 1, or -1 for all remaining devices")
@@ -30,7 +36,7 @@ class MeshConfig:
 
     def sizes(self, num_devices: int) -> dict[str, int]:
         """Size of each axis on `num_devices` devices; raises ValueError where the product does not come out."""
-        sizes = dataclasses.asdict(self)
+        sizes = self.axes
         fixed = 1
         for size in sizes.values():
             fixed *= max(size, 1)
@@ -80,7 +86,8 @@ class ExecutionConfig:
         require(self, "execution", "repeats", low=1)
         if self.pipeline == "1f1b" and self.repeats > 1:
             raise ValueError(
-                f"execution.repeats={self.repeats} does not go with execution.pipeline=1f1b; take circular, or repeats=1"
+                f"execution.repeats={self.repeats} does not go with execution.pipeline=1f1b; "
+                "take circular, or repeats=1"
             )
 
 

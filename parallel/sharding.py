@@ -100,12 +100,19 @@ def sharding(names: Names, shape: tuple[int, ...], mesh: Mesh, rules: AxisRules)
 
 
 def place(x: Shaped[Array, "..."], names: Names) -> Shaped[Array, "..."]:
-    """Constrain an activation to the ambient automatic layout; otherwise, or on one device, it is left alone."""
+    """Constrain an activation to the ambient automatic layout; otherwise, or on one device, it is left alone.
+
+    A dim that its axes do not divide (one token decoded, not split over T) stays whole.
+    """
     layout = _LAYOUT.get()
     if layout is None or layout.is_manual or layout.mesh.size == 1:
         return x
     mesh, rules, _ = layout
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(names, rules, mesh)))
+    bound = zip(spec(names, rules, mesh), x.shape, strict=True)
+    entries = [
+        axes if size % math.prod(mesh.shape[axis] for axis in axes_of(axes)) == 0 else None for axes, size in bound
+    ]
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*entries)))
 
 
 # Both
@@ -137,7 +144,7 @@ def added(x: Float[Array, "..."], sums: str, out: Names) -> Float[Array, "..."]:
 
 
 def relaid(x: Num[Array, "..."], was: Names, now: Names) -> Num[Array, "..."]:
-    """An activation laid out as `was`, laid out as `now`: gathered over axes that no longer split it, cut by new ones."""
+    """An activation laid out as `was` becomes one laid out as `now`: gathered over axes that go, cut by those that come."""
     layout = _LAYOUT.get()
     if layout is None or not layout.is_manual:
         return place(x, now)
@@ -214,7 +221,7 @@ def token_axes(name: str) -> tuple[str, ...]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gathered(w: Float[Array, "..."], axes: tuple[str, ...], dim: int) -> Float[Array, "..."]:
-    """All-gather along `dim`, one mesh axis after the other: over more than one at once, XLA makes all-reduces of it."""
+    """All-gather along `dim`, one mesh axis after the other: over several at once, XLA may make all-reduces of it."""
     for axis in reversed(axes):
         w = jax.lax.all_gather(w, axis, axis=dim, tiled=True)
     return w

@@ -129,6 +129,8 @@ def _compile(asked: argparse.Namespace) -> int:
     """Compile one step of a run and say what the compiler made of it."""
     run = _run(asked)
     topology = _topology(asked, run)
+    if asked.step == "train" or run.mesh.auto:
+        run = run.on(topology.num_devices)
     if asked.step == "train" and (asked.batch or asked.length):
         raise ValueError("--batch and --length are of prefill and decode; a run has train.batch_size and train.seq_len")
     if asked.step != "train" and asked.largest_batch:
@@ -139,8 +141,6 @@ def _compile(asked: argparse.Namespace) -> int:
     work = dataclasses.replace(
         _work(run), step=asked.step, batch=asked.batch or 1, length=asked.length or run.train.seq_len
     )
-    if asked.step == "train":
-        run.check_devices(topology.num_devices)
     effort = aot.FULL if asked.effort is None else asked.effort
     report = aot.compiled(work, topology, effort=effort)
     changes = [] if report.fits else advice.changes(report)
@@ -167,7 +167,7 @@ def _shardings(asked: argparse.Namespace) -> int:
         raise ValueError("--slices is of a topology; give --topology T")
     topology = None if asked.devices else _topology(asked, run)
     num_devices = topology.num_devices if topology else asked.devices
-    run.check_devices(num_devices)
+    run = run.on(num_devices)
     if not asked.topology:  # any devices will do where nothing is compiled
         import jax
 
@@ -233,6 +233,7 @@ def _work(run):
         model=with_assumed_vocabulary(run.model, run.data),
         mesh=run.mesh,
         rules=run.rules,
+        execution=run.execution,
         optim=run.optim,
         train=run.train,
     )

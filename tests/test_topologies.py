@@ -37,7 +37,7 @@ CASES = [
 
 def work_of(run: RunConfig) -> Work:
     model = aot.with_assumed_vocabulary(run.model, run.data)
-    return Work(model=model, mesh=run.mesh, rules=run.rules, optim=run.optim, train=run.train)
+    return Work(model=model, mesh=run.mesh, rules=run.rules, execution=run.execution, optim=run.optim, train=run.train)
 
 
 def remembered(step: aot.Lowered, name: str) -> pathlib.Path:

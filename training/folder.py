@@ -24,8 +24,10 @@ from parallel import hosts
 
 # Where and how fast a run computes, not what: these may change between the parts of a run.
 FREE = (
-    "name", "out", "hosts", "mesh", "rules", "execution", "topologies", "data.workers", "data.prefetch", "data.cache_dir",
-)  # fmt: skip
+    *("name", "out", "hosts", "mesh", "rules", "execution", "topologies"),
+    *("data.workers", "data.prefetch", "data.cache_dir"),
+)
+SHARED_SECONDS = 30.0  # until what one process wrote must show on every other
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)  # a disk that takes no more
 
 

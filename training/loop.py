@@ -29,7 +29,7 @@ from parallel import checkpoint, hosts
 from parallel.checkpoint import Checkpoint, Checkpoints
 from parallel.chips import peak_flops
 from parallel.compilation import cache_compilations
-from parallel.config import AxisRules, MeshConfig
+from parallel.config import AxisRules, ExecutionConfig, MeshConfig
 from parallel.mesh import AXES, FSDP, make_mesh
 from training import folder as run_folder
 from training import metrics
@@ -217,6 +217,7 @@ def train(
     model: ModelConfig,
     mesh: MeshConfig,
     rules: AxisRules,
+    execution: ExecutionConfig,
     data: DataConfig,
     optim: OptimConfig,
     schedule: TrainConfig,
@@ -243,7 +244,7 @@ def train(
         if sample is not None and schedule.sample_tokens:
             check_prompt(schedule.sample_prompt, corpus, model)
         config = {**config, "model": {**config["model"], "vocab_size": model.vocab_size}}
-        steps = make_steps(model, optim, schedule, grid, rules)
+        steps = make_steps(model, optim, schedule, grid, rules, execution)
         task = Task(folder, config, seed, model, schedule, grid, steps, corpus, sample)
         say(*opening(task, found, moved))
         start = made_start(task, found, rules, optim, pool)

@@ -58,9 +58,7 @@ def outcome(
     )
     mine = jax.tree.map(lambda x: _mine(x, axis, ranks), parts)
     x = jax.lax.psum_scatter(x, axis, scatter_dimension=0, tiled=True)  # zero but on the last rank: dealt out
-    told = batch_outcome(
-        decoder, decoder.finish(_joined(x)), jax.tree.map(_joined, mine), train, scale=scale * ranks
-    )
+    told = batch_outcome(decoder, decoder.finish(_joined(x)), jax.tree.map(_joined, mine), train, scale=scale * ranks)
     return told.plus(aux, config, scale)
 
 

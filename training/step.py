@@ -27,6 +27,7 @@ from training.outcome import Outcome, Scale, batch_outcome
 from training.state import TrainState, state_shardings
 
 Metrics = dict[str, Float[Array, ""]]
+PLAIN = ExecutionConfig()
 
 
 class Steps(NamedTuple):
@@ -45,7 +46,7 @@ def make_steps(
     train: TrainConfig,
     mesh: Mesh,
     rules: AxisRules,
-    execution: ExecutionConfig = ExecutionConfig(),
+    execution: ExecutionConfig = PLAIN,
 ) -> Steps:
     """Compile-ready train and eval steps for one run; raises ValueError where the mesh does not divide the model."""
     model = with_kernels(model, mesh.devices.flat[0].platform)
@@ -183,7 +184,9 @@ def _gradients(params: Any, batch: Batch, plan: Plan) -> tuple[Outcome, Float[Ar
     return told, tokens, jax.tree.map(summed_gradient, grads, plan.names)
 
 
-def _updated(state: TrainState, told: Outcome, tokens: Float[Array, ""], grads: Any, plan: Plan, optim, optimizer, schedule):
+def _updated(
+    state: TrainState, told: Outcome, tokens: Float[Array, ""], grads: Any, plan: Plan, optim, optimizer, schedule
+) -> tuple[TrainState, Metrics]:
     """The state after the optimizer's update, or the same but for its counts where something is not finite."""
     grads = jax.tree.map(lambda grad, parameter: grad.astype(parameter.dtype), grads, state.parameters)
     grad_norm = optax.tree.norm(grads)
