@@ -17,7 +17,9 @@ from training.config import TrainConfig
 
 run = RunConfig(
     name="case_b",
-    model=dataclasses.replace(llama2_7b(), compute_dtype="bfloat16", remat="dots"),
+    model=dataclasses.replace(
+        llama2_7b(), compute_dtype="bfloat16", remat="attention", remat_save=("key", "ffn_gate", "ffn_up")
+    ),
     mesh=MeshConfig(data=1, fsdp=64),
     train=TrainConfig(steps=1000, batch_size=256, seq_len=4096),
     topologies=("v5p:4x4x4",),

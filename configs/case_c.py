@@ -21,7 +21,7 @@ run = RunConfig(
         llama3_1_70b(),
         compute_dtype="bfloat16",
         remat="attention",
-        remat_save=("query", "key", "value", "middle"),
+        remat_save=("key", "value"),
     ),
     mesh=MeshConfig(data=1, fsdp=128),
     train=TrainConfig(steps=1000, batch_size=256, seq_len=4096),

@@ -20,6 +20,6 @@ run = RunConfig(
     name="case_d",
     model=dataclasses.replace(mixtral_8x7b(), compute_dtype="bfloat16", remat="full"),
     mesh=MeshConfig(data=1, fsdp=8, expert=8),
-    train=TrainConfig(steps=1000, batch_size=256, seq_len=4096),
+    train=TrainConfig(steps=1000, batch_size=256, seq_len=4096, loss="vocabulary", loss_chunk=6400),
     topologies=("v5p:4x4x4",),
 )
