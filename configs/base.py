@@ -44,7 +44,6 @@ class RunConfig:
         check_lengths(self.model, self.optim, self.train)
         check_rules(self.rules, self.mesh)
         check_splits(self, {axis: max(size, 1) for axis, size in self.mesh.axes.items()})
-        check_meeting(self.rules)
 
     def check_devices(self, num_devices: int) -> None:
         """Raise ValueError where the mesh does not come out on so many devices, or splits a dimension unevenly."""
@@ -111,7 +110,7 @@ def check_splits(run: RunConfig, sizes: dict[str, int]) -> None:
         parts = math.prod(sizes[axis] for axis in axes_of(rule))
         for dim, size in split_dims(run.model, run.train).get(name.removeprefix("act_"), {}).items():
             if size % parts:
-                shape = " x ".join(f"mesh.{axis}={sizes[axis]}" for axis in axes_of(rule))
+                shape = " x ".join(f"mesh.{axis}={sizes[axis]}" for axis in axes_of(rule) if sizes[axis] > 1)
                 raise ValueError(
                     f"{dim}={size} does not divide over {shape} (rules.{name}): {size} is not a multiple of {parts}; "
                     "change one of them so that every device has an equal part"
@@ -157,6 +156,7 @@ def check_used(run: RunConfig, sizes: dict[str, int]) -> None:
             f"train.seq_len={train.seq_len} is not a multiple of 2 x {parts} (rules.seq): a ring gives every device a "
             "chunk from the front and one from the back; change train.seq_len, or take execution.context=gather"
         )
+    check_meeting(run.rules, sizes)
     check_pipe(run, sizes)
 
 
@@ -187,36 +187,39 @@ def check_pipe(run: RunConfig, sizes: dict[str, int]) -> None:
     rows, parts = train.batch_size // train.accumulate // split, execution.microbatches or ranks
     if parts % ranks or rows % parts:
         raise ValueError(
-            f"{parts} microbatches (execution.microbatches) must be a multiple of mesh.pipe={ranks} and divide the {rows} "
-            "sequences of a device's batch; change execution.microbatches or train.batch_size"
+            f"{parts} microbatches (execution.microbatches) must be a multiple of mesh.pipe={ranks} and divide the "
+            f"{rows} sequences of a device's batch; change execution.microbatches or train.batch_size"
         )
     tokens = train.seq_len // math.prod(sizes[axis] for axis in axes_of(run.rules.residual_seq))
     if execution.pipeline == "1f1b" and tokens % ranks:
         raise ValueError(
-            f"the {tokens} tokens of a sequence on one device are not a multiple of mesh.pipe={ranks}, whose stages share "
-            "the loss in execution.pipeline=1f1b; change train.seq_len, or take circular"
+            f"the {tokens} tokens of a sequence on one device are not a multiple of mesh.pipe={ranks}, whose stages "
+            "share the loss in execution.pipeline=1f1b; change train.seq_len, or take circular"
         )
 
 
-def check_meeting(rules: AxisRules) -> None:
+def check_meeting(rules: AxisRules, sizes: dict[str, int]) -> None:
     """Activations are split where the weights are that they meet: a step computes each device's part in place."""
+    split = {
+        name: tuple(axis for axis in axes_of(rule) if sizes[axis] > 1)
+        for name, rule in dataclasses.asdict(rules).items()
+    }
     for weights, activations in (("heads", "act_heads"), ("ffn", "act_ffn"), ("vocab", "act_vocab")):
-        bound, met = getattr(rules, weights), getattr(rules, activations)
-        if axes_of(bound) != axes_of(met):
+        if split[weights] != split[activations]:
             raise ValueError(
-                f"rules.{weights}={bound} and rules.{activations}={met} must name the same axes: a device multiplies its "
-                "part of both"
+                f"rules.{weights} splits over {split[weights]} but rules.{activations} over {split[activations]}: a "
+                "device multiplies its part of both; bind them to the same axes"
             )
-    whole, apart = axes_of(rules.seq), axes_of(rules.residual_seq)
+    whole, apart = split["seq"], split["residual_seq"]
     if apart[: len(whole)] != whole:
         raise ValueError(
-            f"rules.residual_seq={','.join(apart)} must begin with rules.seq={','.join(whole)}: between blocks a sequence "
-            "is split further"
+            f"rules.residual_seq splits over {apart}, which does not begin with the {whole} of rules.seq: between blocks "
+            "a sequence is split further; put the axes of rules.seq first"
         )
 
 
 def picked_mesh(run: RunConfig, num_devices: int) -> MeshConfig:
-    """A mesh that divides the run: experts apart, then fully sharded data, then as little tensor and context as will do.
+    """A mesh that divides the run: experts apart, fully sharded data, and as little tensor and context as will do.
 
     Weights travel least where tokens stay; tensor and context come in where the batch has no more sequences to split.
     """

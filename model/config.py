@@ -8,6 +8,8 @@ LayerKind = Literal["global", "window"]
 Activation = Literal[
     "query", "key", "value", "attention_out", "attention_lse", "middle", "ffn_gate", "ffn_up"
 ]  # what a layer may keep, in the order in which it is made
+RematKind = Literal["none", "dots", "minimal", "attention", "full"]  # model/remat.py
+KernelKind = Literal["auto", "plain", "pallas"]
 RouterKind = Literal["softmax", "softmax_after", "sigmoid"]
 
 
@@ -66,14 +68,10 @@ class ModelConfig:
     tied: bool = True  # the unembedding is the embedding table
     init_scale: float = 1.0  # multiplies the fan-in standard deviation of every initial matrix
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of matmuls; parameters stay float32
-    remat: Literal["none", "dots", "minimal", "attention", "full"] = (
-        "none"  # what a layer keeps for backward: all … its input
-    )
+    remat: RematKind = "none"  # what a layer keeps for its backward pass, from all to its input alone
     remat_save: tuple[Activation, ...] = ()  # activations kept besides
     remat_offload: tuple[Activation, ...] = ()  # activations kept in host memory
-    kernels: Literal["auto", "plain", "pallas"] = (
-        "auto"  # own kernels for TPUs, or plain XLA; auto goes by the platform
-    )
+    kernels: KernelKind = "auto"  # own kernels for TPUs, or plain XLA; auto goes by the platform
     scan_layers: bool = True  # one compiled layer looped L times (fast compile) rather than L copies
     num_experts: int = 0  # E, experts of a layer's FFN; 0 is one dense FFN
     experts_per_token: int = 0  # A, experts that each token goes through
@@ -201,8 +199,6 @@ def _check_experts(config: ModelConfig) -> None:
 def with_kernels(config: ModelConfig, platform: str) -> ModelConfig:
     """The config with its kernels chosen for a platform; ValueError for own kernels where they don't run."""
     if config.kernels == "pallas" and platform != "tpu":
-        raise ValueError(
-            f"model.kernels=pallas are for TPUs, but the devices here are {platform}s; give auto, or plain for XLA's own"
-        )
+        raise ValueError(f"model.kernels=pallas are for TPUs, but the devices here are {platform}s; give auto or plain")
     kernels = ("pallas" if platform == "tpu" else "plain") if config.kernels == "auto" else config.kernels
     return dataclasses.replace(config, kernels=kernels)

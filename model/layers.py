@@ -118,7 +118,7 @@ def _yarn(plain: list[float], head_dim: int, theta: float, scaling: RopeScaling)
     return [f * (1 - s) + f / scaling.factor * s for f, s in zip(plain, stretched, strict=True)]
 
 
-def look_up(table: Float[Array, "V D"] | Slabs, tokens: Int[Array, "B T"]) -> Float[Array, "B t D"]:
+def look_up(table: Float[Array, "V d"] | Slabs, tokens: Int[Array, "B T"]) -> Float[Array, "B t D"]:
     """Rows of an embedding table, laid out as RESIDUAL.
 
     Where D is split over devices with tokens of their own, each looks up its columns for the tokens of all, and an

@@ -22,7 +22,7 @@ NAMES = {
 
 
 def rematerialized(layer: Callable, config: ModelConfig) -> Callable:
-    """The layer under the policy of `config.remat`; `remat_save` keeps more, `remat_offload` keeps it in host memory."""
+    """The layer under the policy of `config.remat`; `remat_save` keeps more, `remat_offload` in host memory."""
     policies = jax.checkpoint_policies
     if config.remat == "none":
         return layer

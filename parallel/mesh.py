@@ -60,7 +60,8 @@ def _on_torus(sizes: dict[str, int], machine: np.ndarray) -> np.ndarray:
 def factors(sizes: dict[str, int], machine: Sequence[int]) -> list[list[tuple[str, int]]]:
     """For each dim of the machine the axes that share it, the slowest first.
 
-        factors({"tensor": 4, "fsdp": 64, …}, (1, 16, 16, 1, 1)) -> [[], [("fsdp", 16)], [("fsdp_y", 4), ("tensor", 4)], …]
+        factors({"tensor": 4, "fsdp": 64, …}, (1, 16, 16, 1, 1))
+            -> [[], [("fsdp", 16)], [("fsdp_y", 4), ("tensor", 4)], [], []]
 
     Where a size has a factor that no dim has, the machine is taken as one line.
     """

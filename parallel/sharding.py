@@ -144,7 +144,7 @@ def added(x: Float[Array, "..."], sums: str, out: Names) -> Float[Array, "..."]:
 
 
 def relaid(x: Num[Array, "..."], was: Names, now: Names) -> Num[Array, "..."]:
-    """An activation laid out as `was` becomes one laid out as `now`: gathered over axes that go, cut by those that come."""
+    """An activation laid out as `was` becomes one laid out as `now`: gathered over axes that go, cut by new ones."""
     layout = _LAYOUT.get()
     if layout is None or not layout.is_manual:
         return place(x, now)

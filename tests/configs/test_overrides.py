@@ -58,7 +58,11 @@ def test_a_union_takes_none_and_back():
         ("steps=4", "unknown key steps (--help lists all); did you mean train.steps?"),
         ("model.kv_heads=4", "unknown key model.kv_heads (--help lists all); did you mean model.num_kv_heads?"),
         ("qqq=4", "unknown key qqq (--help lists all)"),
-        ("mesh=4", "mesh is a section, not a value; set one of mesh.data, mesh.fsdp, mesh.tensor"),
+        (
+            "mesh=4",
+            "mesh is a section, not a value; set one of mesh.pipe, mesh.data, mesh.fsdp, mesh.expert, mesh.context, "
+            "mesh.tensor, mesh.auto",
+        ),
         ("train.steps", "'train.steps' is not key=value; write e.g. train.steps=100"),
         ("train.steps=many", "train.steps=many must be int"),
         ("train.steps=1.5", "train.steps=1.5 must be int"),

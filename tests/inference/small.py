@@ -38,7 +38,7 @@ ONE = MeshConfig(data=1)
 
 
 def mesh_of(config: MeshConfig):
-    sizes = dataclasses.asdict(config)
+    sizes = config.axes
     return make_mesh(config, jax.devices()[: int(np.prod(list(sizes.values())))])
 
 

@@ -6,10 +6,11 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from parallel.config import AxisRules, MeshConfig
-from parallel.mesh import make_mesh
+from parallel.mesh import AXES, make_mesh
 from parallel.sharding import einsum, place, sharding, spec, use
 
 RULES = AxisRules()
+MESH = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
 
 
 @pytest.mark.parametrize(
@@ -18,21 +19,22 @@ RULES = AxisRules()
         (("embed", "heads", "head"), P("fsdp", "tensor", None)),
         (("layers", "ffn", "embed"), P(None, "tensor", "fsdp")),
         (("batch", "seq", "act_ffn"), P(("data", "fsdp"), None, "tensor")),
+        (("batch", "residual_seq", "act_embed"), P(("data", "fsdp"), "tensor", None)),
         ((None,), P(None)),
     ],
 )
 def test_spec(names, expected):
-    assert spec(names, RULES) == expected
+    assert spec(names, RULES, MESH) == expected
 
 
 def test_an_axis_splits_one_dim_only():
     with pytest.raises(ValueError, match=r"'tensor' would split both 'heads' and 'ffn'"):
-        spec(("heads", "ffn"), RULES)
+        spec(("heads", "ffn"), RULES, MESH)
 
 
 def test_an_unbound_name_is_refused():
     with pytest.raises(ValueError, match="no rule binds the logical name 'hedas'"):
-        spec(("hedas",), RULES)
+        spec(("hedas",), RULES, MESH)
 
 
 def test_a_dim_that_does_not_divide_is_refused_with_both_numbers():
@@ -67,13 +69,15 @@ def test_einsum_reduces_over_a_split_dim():
 @pytest.mark.parametrize(
     ("config", "sizes"),
     [
-        (MeshConfig(), {"data": 8, "fsdp": 1, "tensor": 1}),
+        (MeshConfig(), {"data": 8}),
         (MeshConfig(data=2, fsdp=-1, tensor=2), {"data": 2, "fsdp": 2, "tensor": 2}),
-        (MeshConfig(data=1, fsdp=4, tensor=2), {"data": 1, "fsdp": 4, "tensor": 2}),
+        (MeshConfig(data=1, fsdp=4, tensor=2), {"fsdp": 4, "tensor": 2}),
     ],
 )
 def test_every_axis_always_exists(config, sizes):
-    assert dict(make_mesh(config).shape) == sizes
+    shape = dict(make_mesh(config).shape)
+    assert tuple(shape) == AXES
+    assert {axis: size for axis, size in shape.items() if size > 1} == sizes
 
 
 @pytest.mark.parametrize("config", [MeshConfig(data=3, fsdp=-1), MeshConfig(data=2, fsdp=2)])

@@ -31,7 +31,7 @@ KEYS = ["step", "loss", "grad_norm", "learning_rate", *TIMINGS]
 
 def mesh_of_its_size(config):
     """The mesh on as many of the eight devices as it asks for."""
-    return make_mesh(config, jax.devices()[: math.prod(dataclasses.astuple(config))])
+    return make_mesh(config, jax.devices()[: math.prod(config.axes.values())])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -69,6 +69,7 @@ def train(run, sample=None):
         model=run.model,
         mesh=run.mesh,
         rules=run.rules,
+        execution=run.execution,
         data=run.data,
         optim=run.optim,
         schedule=run.train,
