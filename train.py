@@ -44,7 +44,9 @@ def main(arguments: Sequence[str]) -> int:
 def start(run: RunConfig) -> int:
     """Take the run apart and hand the loop its pieces; only from here on is anything heavy imported."""
     from parallel.host_memory import keep_freed_memory
+    from parallel.platforms import look_only_where_chips_are
 
+    look_only_where_chips_are()
     keep_freed_memory()
     import jax
 

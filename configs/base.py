@@ -213,8 +213,8 @@ def check_meeting(rules: AxisRules, sizes: dict[str, int]) -> None:
     whole, apart = split["seq"], split["residual_seq"]
     if apart[: len(whole)] != whole:
         raise ValueError(
-            f"rules.residual_seq splits over {apart}, which does not begin with the {whole} of rules.seq: between blocks "
-            "a sequence is split further; put the axes of rules.seq first"
+            f"rules.residual_seq splits over {apart}, which does not begin with the {whole} of rules.seq: between "
+            "blocks a sequence is split further; put the axes of rules.seq first"
         )
 
 

@@ -27,6 +27,7 @@ from parallel.config import AxisRules, MeshAxes
 from parallel.mesh import FSDP
 
 Names = tuple[str | None, ...]
+SMALL = 2**24  # bytes of a parameter
 FEW = 4  # devices over which a reduce-scatter is better sent directly
 
 
@@ -221,9 +222,13 @@ def token_axes(name: str) -> tuple[str, ...]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gathered(w: Float[Array, "..."], axes: tuple[str, ...], dim: int) -> Float[Array, "..."]:
-    """All-gather along `dim`, over two mesh axes at a time: of three at once XLA makes all-reduces."""
-    for end in range(len(axes), 0, -2):
-        w = jax.lax.all_gather(w, axes[max(end - 2, 0) : end], axis=dim, tiled=True)
+    """All-gather along `dim`, over two mesh axes at a time: of three at once XLA makes all-reduces.
+
+    Over one at a time where the whole is small, of which it makes all-reduces even over two.
+    """
+    together = 2 if w.nbytes * num_parts(axes) >= SMALL else 1
+    for end in range(len(axes), 0, -together):
+        w = jax.lax.all_gather(w, axes[max(end - together, 0) : end], axis=dim, tiled=True)
     return w
 
 

@@ -99,7 +99,9 @@ def _bench(asked: argparse.Namespace) -> int:
     """Measure this machine."""
     from parallel.compilation import cache_compilations
     from parallel.host_memory import keep_freed_memory
+    from parallel.platforms import look_only_where_chips_are
 
+    look_only_where_chips_are()
     keep_freed_memory()
     cache_compilations()
     from perf.bench import BenchConfig, run
