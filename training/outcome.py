@@ -56,7 +56,7 @@ def batch_outcome(
 
 
 def expert_losses(aux: Aux | None, config: ModelConfig, scale: Scale) -> Float[Array, ""]:
-    """What unevenly used experts and large router logits cost: `scale` times a sum over tokens, the mean over layers."""
+    """What unevenly used experts and large router logits cost: `scale` times a sum over tokens, a mean over layers."""
     if aux is None:
         return jnp.float32(0)
     weighted = config.balance_loss * jnp.sum(aux.balance) + config.router_z_loss * jnp.sum(aux.router_z)
