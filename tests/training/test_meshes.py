@@ -35,12 +35,11 @@ from data.packing import Batch
 from model.config import ModelConfig
 from parallel.config import AxisRules, ExecutionConfig, MeshConfig
 from parallel.mesh import make_mesh
-from training import step
 from training.config import OptimConfig, TrainConfig
 from training.state import create_state
 from training.step import make_steps
 
-B, T, V, STEPS, RULES = 16, 16, 64, 20, AxisRules()
+B, T, V, STEPS, RULES, PLAIN = 16, 16, 64, 20, AxisRules(), ExecutionConfig()
 DENSE = ModelConfig(
     vocab_size=V, embed_dim=16, num_layers=4, num_heads=8, num_kv_heads=4, head_dim=4, ffn_dim=24, max_length=T,
     rope_theta=1e4, norm_eps=1e-6, layers=("window", "global"), window=4,
@@ -70,10 +69,12 @@ class Result(NamedTuple):
     gradients: dict  # of the first step, clipped
 
 
-def batch_of(seed: int, batch_size: int = B, seq_len: int = T) -> Batch:
+def batch_of(seed: int, batch_size: int, seq_len: int, vocab: int) -> Batch:
     """Rows of two documents, some of them cut short: devices have different numbers of tokens that count."""
     random = np.random.default_rng(seed)
-    ids = (random.random((batch_size, seq_len + 1)) ** 2 * V).astype(np.int32)  # small ones more often: can be learnt
+    ids = (random.random((batch_size, seq_len + 1)) ** 2 * vocab).astype(
+        np.int32
+    )  # small ones more often: can be learnt
     mask = np.ones((batch_size, seq_len), np.float32)
     mask[: batch_size // 4, seq_len - 6 :] = 0
     segments = np.where(np.arange(seq_len) < 6, 1, 2) * np.ones((batch_size, 1), np.int32)
@@ -83,13 +84,13 @@ def batch_of(seed: int, batch_size: int = B, seq_len: int = T) -> Batch:
     return Batch(ids[:, :-1], ids[:, 1:], mask, segments.astype(np.int32), positions)
 
 
-def run(mesh: MeshConfig | None, model, train=TRAIN, execution=ExecutionConfig(), num_steps=STEPS) -> Result:
+def run(mesh: MeshConfig | None, model, train=TRAIN, execution=PLAIN, *, num_steps: int = STEPS) -> Result:
     grid = make_mesh(mesh or MeshConfig(), jax.devices() if mesh else jax.devices()[:1])
     steps = make_steps(model, OPTIM, train, grid, RULES, execution)
     state = create_state(model, steps.optimizer, grid, RULES, ema=False, seed=0)
     initial, metrics, gradients = jax.device_get(state.parameters), [], {}
     for number in range(num_steps):
-        state, told = steps.train(state, batch_of(number % 4, train.batch_size, train.seq_len))
+        state, told = steps.train(state, batch_of(number % 4, train.batch_size, train.seq_len, model.vocab_size))
         metrics.append({name: float(value) for name, value in jax.device_get(told).items()})
         if number == 0:
             moments = optax.tree.get(state.optimizer, "mu")  # after one step (1 - b1) times the gradient
@@ -124,9 +125,8 @@ def check(result: Result, reference: Result, bound: Bound) -> None:
     jax.tree.map(np.testing.assert_array_equal, result.initial, reference.initial)
     errors = gradient_errors(result, reference)
     worst = max(errors, key=errors.__getitem__)
-    print(f"gradient {errors[worst]:.1e} {worst} loss {loss_error(result, reference):.1e} {reference.metrics[0]['loss']:.3f}->{reference.metrics[-1]['loss']:.3f} norm {reference.metrics[0]['grad_norm']:.3f} {reference.metrics[-1]['grad_norm']:.3f}")
     assert errors[worst] <= bound.gradient, f"{worst}: {errors[worst]:.1e} of its norm; all: {errors}"
-    assert loss_error(result, reference) <= bound.loss, [(a["loss"], b["loss"]) for a, b in zip(*map(lambda r: r.metrics, (result, reference)))]
+    assert loss_error(result, reference) <= bound.loss
     for mine, theirs in zip(result.metrics, reference.metrics, strict=True):
         assert mine.keys() == theirs.keys()
         assert mine["tokens"] == theirs["tokens"]
@@ -189,3 +189,90 @@ def test_a_mesh_equals_one_device(kind, loss, dtype, mesh, execution):
     model = dataclasses.replace(MODELS[kind], compute_dtype=dtype)
     result = run(mesh, model, dataclasses.replace(TRAIN, loss=loss), execution)
     check(result, one_device(kind, loss, dtype), BOUNDS[dtype])
+
+
+def test_there_is_something_to_compare():
+    """Steps that change little would agree on any mesh; and a path of 20 steps is as smooth as the bound takes it to be."""
+    losses = [told["loss"] for told in one_device("dense", "tokens", "float32").metrics]
+    assert losses[-1] < losses[0] - 0.5
+    assert max(np.diff(losses)) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("kind", "mesh", "where", "broken"),
+    [
+        ("dense", MeshConfig(data=2, context=2, tensor=2), "training.step.summed_gradient", lambda grad, names: grad),
+        pytest.param("experts", MeshConfig(data=1, fsdp=2, expert=2, tensor=2), "training.step.summed_gradient",
+                     lambda grad, names: grad, marks=slow),
+        pytest.param("dense", MeshConfig(data=4, tensor=2), "training.outcome.num_copies", lambda: 1, marks=slow),
+        pytest.param("experts", MeshConfig(data=1, expert=4, tensor=2), "model.moe.num_copies", lambda: 1, marks=slow),
+        pytest.param("dense", MeshConfig(data=1, fsdp=8), "parallel.sharding.scattered",
+                     lambda x, axis, dim: 2.0**-10 * x[:2] + x[:2], marks=slow),
+    ],
+    ids=["gradients", "gradients of experts", "copies of tokens", "copies of a penalty", "scattered"],
+)  # fmt: skip
+def test_a_lost_sum_is_seen(kind, mesh, where, broken, monkeypatch):
+    monkeypatch.setattr(where, broken)
+    result, reference = run(mesh, MODELS[kind], num_steps=1), one_device(kind, "tokens", "float32")
+    assert max(gradient_errors(result, reference).values()) > 100 * BOUNDS["float32"].gradient
+
+
+@st.composite
+def cases(draw):
+    """A mesh of 8 and a model, a batch and a way to run that it divides."""
+    axes = draw(
+        st.lists(st.sampled_from(["pipe", "data", "fsdp", "expert", "context", "tensor"]), min_size=3, max_size=3)
+    )
+    mesh = MeshConfig(**{"data": 1, **{axis: 2 ** axes.count(axis) for axis in axes}})
+    few = st.integers(1, 3)
+    turns = mesh.pipe > 1 and draw(st.booleans())
+    repeats = draw(st.integers(1, 2)) if mesh.pipe in (2, 4) and not turns else 1
+    execution = ExecutionConfig(
+        context=draw(st.sampled_from(["ring", "gather"])), pipeline="1f1b" if turns else "circular", repeats=repeats
+    )
+    kv_heads = mesh.tensor * draw(st.integers(1, 2))
+    model = dataclasses.replace(
+        EXPERTS if mesh.expert > 1 or draw(st.booleans()) else DENSE,
+        num_heads=kv_heads * draw(few),
+        num_kv_heads=kv_heads,
+        embed_dim=8 * draw(few),
+        ffn_dim=8 * draw(few),
+        num_layers=mesh.pipe * repeats * (1 if mesh.pipe * repeats > 2 else 2),
+        vocab_size=8 * draw(st.integers(3, 9)),
+        max_length=64,
+        window=draw(st.integers(1, 20)),
+    )
+    if model.num_experts:
+        model = dataclasses.replace(
+            model, num_experts=max(mesh.expert, 2) * draw(st.integers(1, 2)), shared_ffn_dim=8 * draw(st.integers(0, 1))
+        )
+    rows = mesh.data * mesh.fsdp * mesh.expert * mesh.pipe * draw(st.integers(1, 2))
+    tokens = math.lcm(2 * mesh.context, mesh.context * mesh.tensor * mesh.pipe) * draw(few)
+    loss, chunk = draw(st.sampled_from(["tokens", "vocabulary"])), draw(st.integers(1, 9))
+    train = dataclasses.replace(TRAIN, batch_size=rows, seq_len=max(tokens, 8), loss=loss, loss_chunk=chunk)
+    return mesh, execution, model, train
+
+
+def check_one_step(mesh, execution, model, train):
+    result = run(mesh, model, train, execution, num_steps=1)
+    check(result, run(None, model, train, num_steps=1), BOUNDS["float32"])
+
+
+# Shrinking would compile for an hour. The same examples at every run: where two experts' scores are equal but for rounding,
+# about once in a hundred examples, devices may choose otherwise and rightly so.
+RANDOM = settings(
+    deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck)
+)
+
+
+@settings(RANDOM, max_examples=2)
+@given(cases())
+def test_a_random_mesh_equals_one_device(case):
+    check_one_step(*case)
+
+
+@pytest.mark.slow
+@settings(RANDOM, max_examples=25)
+@given(cases())
+def test_many_random_meshes_equal_one_device(case):
+    check_one_step(*case)
