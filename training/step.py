@@ -17,6 +17,7 @@ from model import parameters
 from model.config import ModelConfig, with_kernels
 from model.memory import GatheredKV, Memory, Packed, Queries, Ring
 from model.moe import updated_bias, utilisation
+from parallel.compilation import CPU_OPTIONS
 from parallel.config import AxisRules, ExecutionConfig
 from parallel.ring_attention import zigzag
 from parallel.sharding import axes_of, everywhere, manual_axes, num_copies, spec, summed_gradient, use
@@ -49,7 +50,8 @@ def make_steps(
     execution: ExecutionConfig = PLAIN,
 ) -> Steps:
     """Compile-ready train and eval steps for one run; raises ValueError where the mesh does not divide the model."""
-    model = with_kernels(model, mesh.devices.flat[0].platform)
+    platform = mesh.devices.flat[0].platform
+    model, options = with_kernels(model, platform), CPU_OPTIONS if platform == "cpu" else None
     names = parameters.abstract(model).names
     optimizer = make_optimizer(optim, names, total_steps=train.steps)
     shardings = state_shardings(model, optimizer, mesh, rules, ema=optim.ema_decay > 0)
@@ -79,10 +81,11 @@ def make_steps(
             told = told._replace(load=_dealt({"layers": told.load}, plan, mesh, back=True)["layers"])
         return _updated(state, told, tokens, grads, plan, optim, optimizer, schedule)
 
+    placed = {"in_shardings": (shardings, batches), "out_shardings": (shardings, None)}
     return Steps(
         optimizer,
-        jax.jit(train_step, in_shardings=(shardings, batches), out_shardings=(shardings, None), donate_argnums=0),
-        jax.jit(by_device(_evaluated, P()), in_shardings=(shardings.parameters, batches)),
+        jax.jit(train_step, **placed, donate_argnums=0, compiler_options=options),
+        jax.jit(by_device(_evaluated, P()), in_shardings=(shardings.parameters, batches), compiler_options=options),
         shardings,
         batch,
     )
