@@ -51,7 +51,8 @@ def make_steps(
 ) -> Steps:
     """Compile-ready train and eval steps for one run; raises ValueError where the mesh does not divide the model."""
     platform = mesh.devices.flat[0].platform
-    model, options = with_kernels(model, platform), CPU_OPTIONS if platform == "cpu" else None
+    options = CPU_OPTIONS if platform == "cpu" and mesh.size > 1 else None
+    model = with_kernels(model, platform)
     names = parameters.abstract(model).names
     optimizer = make_optimizer(optim, names, total_steps=train.steps)
     shardings = state_shardings(model, optimizer, mesh, rules, ema=optim.ema_decay > 0)
