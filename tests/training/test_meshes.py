@@ -13,12 +13,15 @@ noise in a small gradient is blown up to that size; with eps = 1, far above the 
 gradient descent with momentum. Where its rate is below 2 / curvature (each batch's loss falls whenever it comes again)
 it does not amplify a difference, so after n steps weights are off by at most n * rate * (error of a gradient), and the
 loss by |g| times that: 20 * 0.5 * 6e-7 * |g|^2 with |g| <= 1 after clipping is 6e-6, 1.5e-6 of a loss of 4, and the
-loss's own sum adds a few u: four times that is allowed. The table's largest are 6e-7 of a loss and 1.4e-6 of a gradient.
+loss's own sum adds a few u: four times that is allowed. The largest of the table: 6e-7 of a loss, 1.4e-6 of a gradient.
 A sum that is lost or counted twice is off by a factor: `test_a_lost_sum_is_seen` asks for 100 times the bound.
 
 bfloat16 has u = 2^-9 = 2e-3 in products; sums, parameters, moments and the loss stay float32. A gradient is off by some
 sqrt(100) u = 2e-2 of its norm: 2.5 times that is allowed. Errors of two steps are independent, so the loss drifts by
-sqrt(20) * 0.5 * 2e-2 * |g|^2, 1e-2 with the |g| of 0.5 that most steps have: 3e-3 of it. The largest are 6e-4 and 3e-2.
+sqrt(20) * 0.5 * 2e-2 * |g|^2, 1e-2 with the |g| of 0.5 that most steps have: 3e-3 of it. The largest are 7e-4 and 3e-2.
+A router's choice is no smooth function: where two of 8 scores are closer than their rounding, about once in 100 tokens,
+another mesh takes another expert. Of a gradient that is a sum over tokens that changes sqrt(2 / 100) = 0.14 (seen: 0.14)
+and the loss in proportion (seen: 8e-3); twice that is allowed, where a lost sum gives more than 0.5.
 """
 
 import dataclasses
@@ -62,13 +65,18 @@ class Bound(NamedTuple):
     gradient: float  # norm of the difference / norm, of each parameter
 
 
-BOUNDS = {"float32": Bound(loss=6e-6, gradient=6e-6), "bfloat16": Bound(loss=3e-3, gradient=5e-2)}
+BOUNDS = {
+    ("dense", "float32"): Bound(loss=6e-6, gradient=6e-6),
+    ("experts", "float32"): Bound(loss=6e-6, gradient=6e-6),
+    ("dense", "bfloat16"): Bound(loss=3e-3, gradient=5e-2),
+    ("experts", "bfloat16"): Bound(loss=2e-2, gradient=0.3),
+}
 
 
 class Result(NamedTuple):
     initial: dict
     metrics: list[dict]
-    gradients: dict  # of the first step, clipped
+    gradients: dict  # of the first step
 
 
 def batch_of(seed: int, batch_size: int, seq_len: int, vocab: int) -> Batch:
@@ -95,8 +103,9 @@ def run(mesh: MeshConfig | None, model, train=TRAIN, execution=PLAIN, *, num_ste
         state, told = steps.train(state, batch_of(number % 4, train.batch_size, train.seq_len, model.vocab_size))
         metrics.append({name: float(value) for name, value in jax.device_get(told).items()})
         if number == 0:
-            moments = optax.tree.get(state.optimizer, "mu")  # after one step (1 - b1) times the gradient
-            gradients = jax.tree.map(lambda mu: mu / (1 - OPTIM.b1), jax.device_get(moments))
+            moments = optax.tree.get(state.optimizer, "mu")  # after one step (1 - b1) times the clipped gradient
+            clipped = max(metrics[0]["grad_norm"] / OPTIM.clip_norm, 1.0)
+            gradients = optax.tree.scale(np.float32(clipped / (1 - OPTIM.b1)), jax.device_get(moments))
     return Result(initial, metrics, gradients)
 
 
@@ -190,7 +199,7 @@ TABLE = [
 def test_a_mesh_equals_one_device(kind, loss, dtype, mesh, execution):
     model = dataclasses.replace(MODELS[kind], compute_dtype=dtype)
     result = run(mesh, model, dataclasses.replace(TRAIN, loss=loss), execution)
-    check(result, one_device(kind, loss, dtype), BOUNDS[dtype])
+    check(result, one_device(kind, loss, dtype), BOUNDS[kind, dtype])
 
 
 def test_there_is_something_to_compare():
@@ -209,14 +218,14 @@ def test_there_is_something_to_compare():
         pytest.param("dense", MeshConfig(data=4, tensor=2), "training.outcome.num_copies", lambda: 1, marks=slow),
         pytest.param("experts", MeshConfig(data=1, expert=4, tensor=2), "model.moe.num_copies", lambda: 1, marks=slow),
         pytest.param("dense", MeshConfig(data=1, fsdp=8), "parallel.sharding.scattered",
-                     lambda x, axis, dim: 2.0**-10 * x[:2] + x[:2], marks=slow),
+                     lambda x, axis, dim: jax.lax.dynamic_slice_in_dim(x, 0, x.shape[dim] // 8, dim), marks=slow),
     ],
     ids=["gradients", "gradients of experts", "copies of tokens", "copies of a penalty", "scattered"],
 )  # fmt: skip
 def test_a_lost_sum_is_seen(kind, mesh, where, broken, monkeypatch):
     monkeypatch.setattr(where, broken)
     result, reference = run(mesh, MODELS[kind], num_steps=1), one_device(kind, "tokens", "float32")
-    assert max(gradient_errors(result, reference).values()) > 100 * BOUNDS["float32"].gradient
+    assert max(gradient_errors(result, reference).values()) > 100 * BOUNDS[kind, "float32"].gradient
 
 
 # What is drawn is plain numbers: the records' type checker rolls dice of its own, which hypothesis does not allow.
@@ -264,7 +273,7 @@ def case_of(drawn: dict):
 def check_one_step(drawn: dict) -> None:
     mesh, execution, model, train = case_of(drawn)
     result = run(mesh, model, train, execution, num_steps=1)
-    check(result, run(None, model, train, num_steps=1), BOUNDS["float32"])
+    check(result, run(None, model, train, num_steps=1), BOUNDS["dense", "float32"])
 
 
 # Shrinking would compile for an hour. The same examples at every run: where two experts' scores are equal but for
