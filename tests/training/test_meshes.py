@@ -20,7 +20,7 @@ bfloat16 has u = 2^-9 = 2e-3 in products; sums, parameters, moments and the loss
 sqrt(100) u = 2e-2 of its norm: 2.5 times that is allowed. Errors of two steps are independent, so the loss drifts by
 sqrt(20) * 0.5 * 2e-2 * |g|^2, 1e-2 with the |g| of 0.5 that most steps have: 3e-3 of it. The largest are 7e-4 and 3e-2.
 A router's choice is no smooth function: where two of 8 scores are closer than their rounding, about once in 100 tokens,
-another mesh takes another expert. Of a gradient that is a sum over tokens that changes sqrt(2 / 100) = 0.14 (seen: 0.14)
+another mesh takes another expert. A gradient, a sum over tokens, so changes by sqrt(2 / 100) = 0.14 (seen: 0.14)
 and the loss in proportion (seen: 8e-3); twice that is allowed, where a lost sum gives more than 0.5.
 """
 
