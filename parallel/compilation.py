@@ -10,8 +10,8 @@ import jax
 
 LIMIT = 2 * 2**30  # bytes; the least recently used programs go first
 TPU_OPTIONS: dict[str, str | bool | int | float] = {}  # of the TPU compiler, for every step
-# Of the CPU compiler, for every step: its scheduler for concurrency lets collectives that do not depend on each other start
-# in another order on each device, which then wait for each other for ever (pipe=2, fsdp=2, tensor=2 did, at every run).
+# Of the CPU compiler, for every step: its scheduler for concurrency lets collectives that do not depend on each other
+# start in another order on each device, which then wait for each other for ever (pipe=2, fsdp=2, tensor=2 always did).
 CPU_OPTIONS: dict[str, str | bool | int | float] = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
 BEING_WRITTEN = 60.0  # seconds for which another process may still be writing a program
 

@@ -3,20 +3,25 @@
     pytest tests/training/test_meshes.py                         a row of each kind
     pytest tests/training/test_meshes.py -m "slow or not slow"   the whole table, and more random meshes
 
-Where the bounds come from. A mesh adds the same float32 numbers in another order, so one step differs by rounding alone:
-u = 2^-24 = 6e-8 for each operation, of which a path from a token through 4 layers to the loss and back to a weight has
-about 100, every one a sum of up to B * T = 256 terms. Errors of either sign add up as a random walk: a gradient is off by
-about sqrt(100) u = 6e-7 of its norm, ten times that where terms cancel (biases, norms): GRADIENT. A loss is a mean of
-numbers of one sign: a few u.
+Where the bounds come from. A mesh adds the same float32 numbers in another order, so a step differs by rounding alone:
+u = 2^-24 = 6e-8 for each operation. A path from a token through 4 layers to the loss and back to a weight has about 100
+of them, many a sum of up to B * T = 256 terms. Errors of either sign add up as a random walk: a gradient is off by some
+sqrt(100) u = 6e-7 of its norm; ten times that is allowed, for where terms cancel (norms, routers).
 
 Over steps weights drift apart. With Adam's usual eps a weight moves by the learning rate whatever its gradient is, and
-noise in a small gradient is blown up to that size; here eps = 1 is far above any gradient, and AdamW is gradient descent
-with momentum: w moves by rate * m. A rate below 2 / curvature doesn't amplify what is there, so after n steps weights are
-off by at most n * rate * (error of a gradient) and the loss by |g| times that: 20 * 0.5 * 6e-7 * |g|^2 with |g| <= 1 after
-clipping, 6e-6 of a loss of 3: LOSS. A missing or double sum is off by a factor: `test_a_lost_sum_is_seen` loses some.
+noise in a small gradient is blown up to that size; with eps = 1, far above the root of any second moment here, AdamW is
+gradient descent with momentum. Where its rate is below 2 / curvature (each batch's loss falls whenever it comes again)
+it does not amplify a difference, so after n steps weights are off by at most n * rate * (error of a gradient), and the
+loss by |g| times that: 20 * 0.5 * 6e-7 * |g|^2 with |g| <= 1 after clipping is 6e-6, 1.5e-6 of a loss of 4, and the
+loss's own sum adds a few u: four times that is allowed. The largest of the table: 6e-7 of a loss, 1.4e-6 of a gradient.
+A sum that is lost or counted twice is off by a factor: `test_a_lost_sum_is_seen` asks for 100 times the bound.
 
-bfloat16 has u = 2^-9 = 2e-3 in products, with float32 sums; parameters, moments and the loss stay float32. The loss averages
-over 200 tokens what u does to a logit, and drifts as above: 20 * 0.5 * (gradients' 2e-2) * |g|^2, of which most averages out.
+bfloat16 has u = 2^-9 = 2e-3 in products; sums, parameters, moments and the loss stay float32. A gradient is off by some
+sqrt(100) u = 2e-2 of its norm: 2.5 times that is allowed. Errors of two steps are independent, so the loss drifts by
+sqrt(20) * 0.5 * 2e-2 * |g|^2, 1e-2 with the |g| of 0.5 that most steps have: 3e-3 of it. The largest are 7e-4 and 3e-2.
+A router's choice is no smooth function: where two of 8 scores are closer than their rounding, about once in 100 tokens,
+another mesh takes another expert. A gradient, a sum over tokens, so changes by sqrt(2 / 100) = 0.14 (seen: 0.14)
+and the loss in proportion (seen: 8e-3); twice that is allowed, where a lost sum gives more than 0.5.
 """
 
 import dataclasses
@@ -60,13 +65,18 @@ class Bound(NamedTuple):
     gradient: float  # norm of the difference / norm, of each parameter
 
 
-BOUNDS = {"float32": Bound(loss=6e-6, gradient=6e-6), "bfloat16": Bound(loss=5e-3, gradient=5e-2)}
+BOUNDS = {
+    ("dense", "float32"): Bound(loss=6e-6, gradient=6e-6),
+    ("experts", "float32"): Bound(loss=6e-6, gradient=6e-6),
+    ("dense", "bfloat16"): Bound(loss=3e-3, gradient=5e-2),
+    ("experts", "bfloat16"): Bound(loss=2e-2, gradient=0.3),
+}
 
 
 class Result(NamedTuple):
     initial: dict
     metrics: list[dict]
-    gradients: dict  # of the first step, clipped
+    gradients: dict  # of the first step
 
 
 def batch_of(seed: int, batch_size: int, seq_len: int, vocab: int) -> Batch:
@@ -93,8 +103,9 @@ def run(mesh: MeshConfig | None, model, train=TRAIN, execution=PLAIN, *, num_ste
         state, told = steps.train(state, batch_of(number % 4, train.batch_size, train.seq_len, model.vocab_size))
         metrics.append({name: float(value) for name, value in jax.device_get(told).items()})
         if number == 0:
-            moments = optax.tree.get(state.optimizer, "mu")  # after one step (1 - b1) times the gradient
-            gradients = jax.tree.map(lambda mu: mu / (1 - OPTIM.b1), jax.device_get(moments))
+            moments = optax.tree.get(state.optimizer, "mu")  # after one step (1 - b1) times the clipped gradient
+            clipped = max(metrics[0]["grad_norm"] / OPTIM.clip_norm, 1.0)
+            gradients = optax.tree.scale(np.float32(clipped / (1 - OPTIM.b1)), jax.device_get(moments))
     return Result(initial, metrics, gradients)
 
 
@@ -188,14 +199,14 @@ TABLE = [
 def test_a_mesh_equals_one_device(kind, loss, dtype, mesh, execution):
     model = dataclasses.replace(MODELS[kind], compute_dtype=dtype)
     result = run(mesh, model, dataclasses.replace(TRAIN, loss=loss), execution)
-    check(result, one_device(kind, loss, dtype), BOUNDS[dtype])
+    check(result, one_device(kind, loss, dtype), BOUNDS[kind, dtype])
 
 
 def test_there_is_something_to_compare():
-    """Steps that change little would agree on any mesh; and a path of 20 steps is as smooth as the bound takes it to be."""
+    """Steps that change little would agree on any mesh. Each batch's loss falls whenever it comes again."""
     losses = [told["loss"] for told in one_device("dense", "tokens", "float32").metrics]
     assert losses[-1] < losses[0] - 0.5
-    assert max(np.diff(losses)) < 0.1
+    assert all(later < earlier for earlier, later in zip(losses, losses[4:], strict=False))
 
 
 @pytest.mark.parametrize(
@@ -207,72 +218,79 @@ def test_there_is_something_to_compare():
         pytest.param("dense", MeshConfig(data=4, tensor=2), "training.outcome.num_copies", lambda: 1, marks=slow),
         pytest.param("experts", MeshConfig(data=1, expert=4, tensor=2), "model.moe.num_copies", lambda: 1, marks=slow),
         pytest.param("dense", MeshConfig(data=1, fsdp=8), "parallel.sharding.scattered",
-                     lambda x, axis, dim: 2.0**-10 * x[:2] + x[:2], marks=slow),
+                     lambda x, axis, dim: jax.lax.dynamic_slice_in_dim(x, 0, x.shape[dim] // 8, dim), marks=slow),
     ],
     ids=["gradients", "gradients of experts", "copies of tokens", "copies of a penalty", "scattered"],
 )  # fmt: skip
 def test_a_lost_sum_is_seen(kind, mesh, where, broken, monkeypatch):
     monkeypatch.setattr(where, broken)
     result, reference = run(mesh, MODELS[kind], num_steps=1), one_device(kind, "tokens", "float32")
-    assert max(gradient_errors(result, reference).values()) > 100 * BOUNDS["float32"].gradient
+    assert max(gradient_errors(result, reference).values()) > 100 * BOUNDS[kind, "float32"].gradient
 
 
-@st.composite
-def cases(draw):
-    """A mesh of 8 and a model, a batch and a way to run that it divides."""
-    axes = draw(
-        st.lists(st.sampled_from(["pipe", "data", "fsdp", "expert", "context", "tensor"]), min_size=3, max_size=3)
-    )
-    mesh = MeshConfig(**{"data": 1, **{axis: 2 ** axes.count(axis) for axis in axes}})
-    few = st.integers(1, 3)
-    turns = mesh.pipe > 1 and draw(st.booleans())
-    repeats = draw(st.integers(1, 2)) if mesh.pipe in (2, 4) and not turns else 1
-    execution = ExecutionConfig(
-        context=draw(st.sampled_from(["ring", "gather"])), pipeline="1f1b" if turns else "circular", repeats=repeats
-    )
-    kv_heads = mesh.tensor * draw(st.integers(1, 2))
+# What is drawn is plain numbers: the records' type checker rolls dice of its own, which hypothesis does not allow.
+few = st.integers(1, 3)
+DRAWN = st.fixed_dictionaries(
+    {
+        "axes": st.lists(st.sampled_from(list(MeshConfig().axes)), min_size=3, max_size=3),
+        "has_experts": st.booleans(),
+        "how": st.sampled_from([TURNS, CHUNKS, GATHER, {}]),
+        "loss": st.sampled_from(["tokens", "vocabulary"]),
+        "chunk": st.integers(1, 9),
+        "window": st.integers(1, 20),
+        "experts": st.integers(1, 2),
+        "shared": st.integers(0, 1),
+        **dict.fromkeys(("kv_heads", "groups", "embed", "ffn", "vocab", "rows", "tokens"), few),
+    }
+)
+
+
+def case_of(drawn: dict):
+    """A mesh of 8 devices, a way to run, and a model and a batch that they divide."""
+    mesh = MeshConfig(**{"data": 1, **{axis: 2 ** drawn["axes"].count(axis) for axis in drawn["axes"]}})
+    execution = ExecutionConfig(**(drawn["how"] if mesh.pipe > 1 or drawn["how"] == GATHER else {}))
+    chunks, kv_heads = mesh.pipe * execution.repeats, mesh.tensor * drawn["kv_heads"]
     model = dataclasses.replace(
-        EXPERTS if mesh.expert > 1 or draw(st.booleans()) else DENSE,
-        num_heads=kv_heads * draw(few),
+        EXPERTS if mesh.expert > 1 or drawn["has_experts"] else DENSE,
+        num_heads=kv_heads * drawn["groups"],
         num_kv_heads=kv_heads,
-        embed_dim=8 * draw(few),
-        ffn_dim=8 * draw(few),
-        num_layers=mesh.pipe * repeats * (1 if mesh.pipe * repeats > 2 else 2),
-        vocab_size=8 * draw(st.integers(3, 9)),
+        embed_dim=8 * drawn["embed"],
+        ffn_dim=8 * drawn["ffn"],
+        num_layers=max(chunks, 2),
+        vocab_size=8 * (2 + drawn["vocab"]),
         max_length=64,
-        window=draw(st.integers(1, 20)),
+        window=drawn["window"],
     )
     if model.num_experts:
-        model = dataclasses.replace(
-            model, num_experts=max(mesh.expert, 2) * draw(st.integers(1, 2)), shared_ffn_dim=8 * draw(st.integers(0, 1))
-        )
-    rows = mesh.data * mesh.fsdp * mesh.expert * mesh.pipe * draw(st.integers(1, 2))
-    tokens = math.lcm(2 * mesh.context, mesh.context * mesh.tensor * mesh.pipe) * draw(few)
-    loss, chunk = draw(st.sampled_from(["tokens", "vocabulary"])), draw(st.integers(1, 9))
-    train = dataclasses.replace(TRAIN, batch_size=rows, seq_len=max(tokens, 8), loss=loss, loss_chunk=chunk)
-    return mesh, execution, model, train
+        num_experts, shared = max(mesh.expert, 2) * drawn["experts"], 8 * drawn["shared"]
+        model = dataclasses.replace(model, num_experts=num_experts, shared_ffn_dim=shared)
+    rows = mesh.data * mesh.fsdp * mesh.expert * mesh.pipe * min(drawn["rows"], 2)
+    tokens = math.lcm(8, 2 * mesh.context, mesh.context * mesh.tensor * mesh.pipe) * drawn["tokens"]
+    how = {"batch_size": rows, "seq_len": tokens, "loss": drawn["loss"], "loss_chunk": drawn["chunk"]}
+    return mesh, execution, model, dataclasses.replace(TRAIN, **how)
 
 
-def check_one_step(mesh, execution, model, train):
+def check_one_step(drawn: dict) -> None:
+    mesh, execution, model, train = case_of(drawn)
     result = run(mesh, model, train, execution, num_steps=1)
-    check(result, run(None, model, train, num_steps=1), BOUNDS["float32"])
+    check(result, run(None, model, train, num_steps=1), BOUNDS["dense", "float32"])
 
 
-# Shrinking would compile for an hour. The same examples at every run: where two experts' scores are equal but for rounding,
-# about once in a hundred examples, devices may choose otherwise and rightly so.
+# Shrinking would compile for an hour. The same examples at every run: where two experts' scores are equal but for
+# rounding, about once in a hundred examples, a mesh may choose the other and rightly so.
 RANDOM = settings(
     deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck)
 )
 
 
 @settings(RANDOM, max_examples=2)
-@given(cases())
-def test_a_random_mesh_equals_one_device(case):
-    check_one_step(*case)
+@given(DRAWN)
+def test_a_random_mesh_equals_one_device(drawn):
+    check_one_step(drawn)
 
 
 @pytest.mark.slow
 @settings(RANDOM, max_examples=25)
-@given(cases())
-def test_many_random_meshes_equal_one_device(case):
-    check_one_step(*case)
+@given(DRAWN)
+def test_many_random_meshes_equal_one_device(drawn):
+    check_one_step(drawn)
