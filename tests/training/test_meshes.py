@@ -290,7 +290,7 @@ def test_a_random_mesh_equals_one_device(drawn):
 
 
 @pytest.mark.slow
-@settings(RANDOM, max_examples=25)
+@settings(RANDOM, max_examples=12)
 @given(DRAWN)
 def test_many_random_meshes_equal_one_device(drawn):
     check_one_step(drawn)
