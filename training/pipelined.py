@@ -88,7 +88,7 @@ def gradients(
     def finish(ends: Any, x: Any, side: Any):
         queries, targets, mask = side
         targets, mask = (relaid(part, RESIDUAL[:2], TOGETHER[:2]) for part in (targets, mask))
-        part = Batch(targets, targets, mask, targets, targets)
+        part = Batch._make((targets, targets, mask, targets, targets))  # targets and mask are what a loss reads
         decoder = with_ends(ends)
         told = batch_outcome(decoder, decoder.finish(x), part, train, scale=scale * ranks)
         return told.total, told.nll
@@ -111,7 +111,7 @@ def gradients(
     return Outcome(result.loss, jnp.sum(result.finish_aux), load), {**grads, "layers": state}
 
 
-def _microbatches(batch: Batch, num: int) -> Batch:
+def _microbatches(batch: Batch, num: int) -> Any:
     """[B, T] -> [M, B / M, T]."""
     return Batch._make(jnp.asarray(x).reshape(num, -1, *x.shape[1:]) for x in batch)
 

@@ -73,7 +73,7 @@ def make_steps(
         return lambda params, batch: mapped(_dealt(params, plan, mesh), _in_ring_order(batch, plan, mesh, rules))
 
     loads = P(spec(("layers",), rules, mesh)[0]) if model.num_experts else None
-    gradients = by_device(_gradients, (Outcome(P(), P(), loads), P(), specs[0]))
+    gradients = by_device(_gradients, (Outcome._make((P(), P(), loads)), P(), specs[0]))
 
     def train_step(state: TrainState, batch: Batch):
         told, tokens, grads = gradients(state.parameters, batch)
