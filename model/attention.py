@@ -6,7 +6,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from model.config import ModelConfig
-from model.layers import RESIDUAL, TOGETHER, Key, Norm, Rope, add_bias, constant, matrix
+from model.layers import RESIDUAL, TOGETHER, Key, Norm, Rope, add_bias, constant, matrix, product_of
 from model.memory import Memory, Queries, Rule
 from parallel.sharding import einsum, relaid
 
@@ -18,7 +18,7 @@ class Attention(nnx.Module):
         q, k, v, o = jax.random.split(key, 4)
         D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
         names, scale = ("embed", "heads", "head"), config.init_scale
-        self.softcap = config.attention_softcap
+        self.softcap, self.product = config.attention_softcap, product_of(config)
         self.query_scale = H**-0.5 if config.query_scale is None else config.query_scale
         self.q = matrix(q, (D, N, H), names, fan_in=D, scale=scale)
         self.k = matrix(k, (D, K, H), names, fan_in=D, scale=scale)
@@ -38,14 +38,14 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B t D"], Memory]:
         """x and what comes out are laid out as RESIDUAL."""
         x, names = relaid(x, RESIDUAL, TOGETHER), ("batch", "seq", "act_heads", None)
-        q = add_bias(einsum("BTD,DNH->BTNH", x, self.q[...], out=names), self.q_bias)
-        k = add_bias(einsum("BTD,DKH->BTKH", x, self.k[...], out=names), self.k_bias)
-        v = add_bias(einsum("BTD,DKH->BTKH", x, self.v[...], out=names), self.v_bias)
+        q = add_bias(einsum("BTD,DNH->BTNH", x, self.q[...], out=names, product=self.product), self.q_bias)
+        k = add_bias(einsum("BTD,DKH->BTKH", x, self.k[...], out=names, product=self.product), self.k_bias)
+        v = add_bias(einsum("BTD,DKH->BTKH", x, self.v[...], out=names, product=self.product), self.v_bias)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rope.turn(q), rope.turn(k)
         q, k, v = checkpoint_name(q, "query"), checkpoint_name(k, "key"), checkpoint_name(v, "value")
         out, memory = memory.attend(q, k, v, queries, Rule(self.query_scale, self.softcap, window))
-        out = einsum("BTNH,NHD->BTD", out, self.o[...], sums="act_heads", out=RESIDUAL)
+        out = einsum("BTNH,NHD->BTD", out, self.o[...], sums="act_heads", out=RESIDUAL, product=self.product)
         return add_bias(out, self.o_bias), memory

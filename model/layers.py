@@ -1,6 +1,8 @@
 """Parameters and the layers without memory: norms, embeddings, rotary positions, the FFN. Knows no attention."""
 
+import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -10,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from model.config import ModelConfig, RopeScaling
+from ops.quantized_matmul import quantized_einsum
 from ops.slabs import Slabs
 from parallel.sharding import Names, added, einsum, manual_axes, part_index, place, relaid, token_axes, whole
 
@@ -182,6 +185,15 @@ ACTIVATIONS = {
 }
 
 
+@functools.cache
+def product_of(config: ModelConfig) -> Callable:
+    """The product of a layer's matrices, of einsum's signature."""
+    if config.matmul == "float":
+        return jnp.einsum
+    kernel = "pallas" if config.kernels == "pallas" else "plain"
+    return functools.partial(quantized_einsum, kind=config.matmul, kernel=kernel)
+
+
 class FeedForward(nnx.Module):
     """down(act(gate(x)) * up(x)), the gated FFN of arXiv:2002.05202; without a gate, down(act(up(x)))."""
 
@@ -189,6 +201,7 @@ class FeedForward(nnx.Module):
         up, gate, down = jax.random.split(key, 3)
         D, F = config.embed_dim, config.ffn_dim
         self.act, names = config.activation, ("embed", "ffn")
+        self.product = product_of(config)
         self.up = matrix(up, (D, F), names, fan_in=D, scale=config.init_scale)
         self.gate = matrix(gate, (D, F), names, fan_in=D, scale=config.init_scale) if config.gated else nnx.data(None)
         depth_scale = config.init_scale * (2 * config.num_layers) ** -0.5
@@ -199,11 +212,13 @@ class FeedForward(nnx.Module):
     def __call__(self, x: Float[Array, "B t D"]) -> Float[Array, "B t D"]:
         """x and what comes out are laid out as RESIDUAL."""
         x, names = relaid(x, RESIDUAL, TOGETHER), ("batch", "seq", "act_ffn")
-        h = add_bias(einsum("BTD,DF->BTF", x, self.up[...], out=names), self.up_bias)
+        h = add_bias(einsum("BTD,DF->BTF", x, self.up[...], out=names, product=self.product), self.up_bias)
         if self.gate is None:
             h = ACTIVATIONS[self.act](checkpoint_name(h, "ffn_up"))
         else:
-            gate = checkpoint_name(einsum("BTD,DF->BTF", x, self.gate[...], out=names), "ffn_gate")
+            gate = checkpoint_name(
+                einsum("BTD,DF->BTF", x, self.gate[...], out=names, product=self.product), "ffn_gate"
+            )
             h = ACTIVATIONS[self.act](gate) * checkpoint_name(h, "ffn_up")
-        y = einsum("BTF,FD->BTD", h, self.down[...], sums="act_ffn", out=RESIDUAL)
+        y = einsum("BTF,FD->BTD", h, self.down[...], sums="act_ffn", out=RESIDUAL, product=self.product)
         return add_bias(y, self.down_bias)

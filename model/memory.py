@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from model.config import ModelConfig
@@ -73,7 +74,7 @@ class Packed:
 
 
 def _plain(q, k, v, at: Places, **rule):
-    return attention.causal(q, k, v, at.segments, **rule)
+    return checkpoint_name(attention.causal(q, k, v, at.segments, **rule), "attention_out")
 
 
 def _pallas(q, k, v, at: Places, **rule):

@@ -13,7 +13,7 @@ import contextvars
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -120,15 +120,21 @@ def place(x: Shaped[Array, "..."], names: Names) -> Shaped[Array, "..."]:
 
 
 def einsum(
-    equation: str, x: Float[Array, "..."], w: Float[Array, "..."] | Slabs, *, out: Names, sums: str | None = None
+    equation: str,
+    x: Float[Array, "..."],
+    w: Float[Array, "..."] | Slabs,
+    *,
+    out: Names,
+    sums: str | None = None,
+    product: Callable = jnp.einsum,
 ) -> Float[Array, "..."]:
-    """`jnp.einsum` with the weight cast to the activation's type and the result's layout named.
+    """`product` (of einsum's signature) with the weight cast to the activation's type and the result's layout named.
 
     `sums` is the logical name of a summed dim that the mesh may split: the partial sums are added up here, and where
     `out` splits a dim over the same axis, each device gets its part alone (a reduce-scatter).
     """
     w = w.astype(x.dtype)
-    y = w.einsum(equation, x) if isinstance(w, Slabs) else jnp.einsum(equation, x, w)
+    y = w.einsum(equation, x) if isinstance(w, Slabs) else product(equation, x, w)
     return place(y, out) if sums is None else added(y, sums, out)
 
 

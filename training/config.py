@@ -22,6 +22,7 @@ class OptimConfig:
     eps: float = 1e-8  # added to the second moment's root
     adam_lr_ratio: float = 0.1  # muon: learning rate of embeddings, norms and biases (by adamw) / peak_lr
     clip_norm: float = 1.0  # global gradient norm is clipped to this; 0 turns clipping off
+    moments: Literal["float32", "bfloat16"] = "float32"  # of moments between steps; second ones only where b2 <= 0.984
     ema_decay: float = 0.0  # decay of an exponential moving average of the parameters; 0 keeps none
 
     def __post_init__(self):

@@ -42,6 +42,7 @@ from training.step import Steps, make_steps
 
 # sample(model, parameters, tokenizer, prompt=…, num_tokens=…, seed=…) -> text; `model.vocab_size` is resolved.
 SampleFn = Callable[..., str]
+ROUTED = ("max_load", "unused")  # how evenly experts are used, where the model has some
 
 
 class Task(NamedTuple):
@@ -198,6 +199,7 @@ class Loop:
             "data_wait": running.data_wait,
             "tokens": int(values["tokens"]),
             "skipped": skipped,
+            **{name: values[name] for name in ROUTED if name in values},
         }
         if self.journal:
             self.journal.step(record, seconds)

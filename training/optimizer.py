@@ -4,11 +4,15 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from model.parameters import COUNTED, summed_dims
 from parallel.sharding import Names
 from training.config import OptimConfig
+
+# The largest decay whose steps bfloat16 can tell: it rounds by up to 2**-8, and a moment moves by 1 - decay.
+SLOWEST = 1 - 2**-6
 
 
 def learning_rate(config: OptimConfig, *, total_steps: int) -> optax.Schedule:
@@ -36,7 +40,23 @@ def make_optimizer(config: OptimConfig, names: Any, *, total_steps: int) -> opta
     is_names = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
     decayed = jax.tree.map(is_matrix, names, is_leaf=is_names)
     rule = RULES[config.name](config, schedule, decayed, jax.tree.map(_muon_dims, names, is_leaf=is_names))
+    if config.moments == "bfloat16":
+        rule = at_rest(rule, jnp.bfloat16, ("mu", "nu") if config.b2 <= SLOWEST else ("mu",))
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule) if config.clip_norm else rule
+
+
+def at_rest(rule: optax.GradientTransformation, dtype: Any, fields: tuple[str, ...]) -> optax.GradientTransformation:
+    """The rule with these fields of its state kept in `dtype` between updates, which are computed in float32."""
+
+    def cast(state: Any, dtype: Any) -> Any:
+        is_moment = lambda path: any(getattr(key, "name", None) in fields for key in path)  # noqa: E731
+        return jax.tree.map_with_path(lambda path, x: x.astype(dtype) if is_moment(path) else x, state)
+
+    def update(updates, state, params=None):
+        updates, state = rule.update(updates, cast(state, jnp.float32), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(lambda params: cast(rule.init(params), dtype), update)
 
 
 def _muon_dims(names: Names) -> optax.contrib.MuonDimensionNumbers | None:

@@ -51,6 +51,7 @@ def make_steps(
 ) -> Steps:
     """Compile-ready train and eval steps for one run; raises ValueError where the mesh does not divide the model."""
     platform = mesh.devices.flat[0].platform
+    check_host_memory(model, platform)
     options = CPU_OPTIONS if platform == "cpu" and mesh.size > 1 else None
     model = with_kernels(model, platform)
     names = parameters.abstract(model).names
@@ -90,6 +91,20 @@ def make_steps(
         shardings,
         batch,
     )
+
+
+def check_host_memory(model: ModelConfig, platform: str) -> None:
+    """Raise ValueError where an activation should wait in host memory, but would not."""
+    names = ",".join(model.remat_offload)
+    if names and platform == "cpu":
+        raise ValueError(
+            f"model.remat_offload={names} moves arrays to host memory, and a CPU's is the host's; leave it out"
+        )
+    if names and model.remat in ("none", "dots"):
+        raise ValueError(
+            f"model.remat_offload={names} does not go with model.remat={model.remat}, which keeps what is not named; "
+            "take minimal, attention or full"
+        )
 
 
 class Plan(NamedTuple):
