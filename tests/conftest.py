@@ -2,17 +2,15 @@
 
 import os
 
-# Tests compile much and compute little: programs are compiled in haste, here and in the processes that tests start. Eight
-# devices on two busy cores may wait long for each other; XLA would end the process after 40 seconds.
-FLAGS = (
-    "--xla_backend_optimization_level=0",
-    "--xla_llvm_disable_expensive_passes=true",
+# Tests compile much and compute little: programs are compiled in haste, here and in the processes that tests start.
+# Eight devices on busy cores may wait long for each other: XLA would end the process after 40 seconds.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
     "--xla_cpu_collective_call_terminate_timeout_seconds=600",
 )
-os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
-os.environ.setdefault(
-    "JAX_PLATFORMS", "cpu"
-)  # an installed libtpu would look for a chip, here and in started processes
+# An installed libtpu would look for a chip, here and in those processes.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 
