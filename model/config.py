@@ -71,7 +71,7 @@ class ModelConfig:
     remat: RematKind = "none"  # what a layer keeps for its backward pass, from all to its input alone
     remat_save: tuple[Activation, ...] = ()  # activations kept besides
     remat_offload: tuple[Activation, ...] = ()  # activations kept in host memory
-    matmul: Literal["float", "int8", "fp8"] = "float"  # of the matrices of attention and FFN, and their gradients
+    matmul: Literal["float", "int8", "fp8"] = "float"  # of attention and FFN in training, gradients alike
     kernels: KernelKind = "auto"  # own kernels for TPUs, or plain XLA; auto goes by the platform
     scan_layers: bool = True  # one compiled layer looped L times (fast compile) rather than L copies
     num_experts: int = 0  # E, experts of a layer's FFN; 0 is one dense FFN

@@ -1,116 +1,186 @@
-"""Matrix products in int8 or fp8, scaled by rows and columns, forward and backward. Knows no mesh, no model.
+"""Matrix products in 8 bits for training, forward and backward: plain, or in Pallas for TPU. Knows no model, no mesh.
 
-    x ≈ scale * q,  scale = max|row| / limit        x @ w ≈ (q_x @ q_w) * scale_x * scale_w
+    y = (q(x) @ q(w)) * scale of x's row * scale of w's column      q(x) = x / scale, rounded; scale = absmax / largest
 
-Every row of x and every column of w has a scale of its own, so one large number costs its row its precision and no
-other. int8 products are summed in int32, exactly; fp8 (e4m3 forward, e5m2 for gradients, arXiv:2209.05433) in float32.
-The gradients are products of the same kind, of numbers rounded anew along the dim that is summed over.
+All three products of training (y, d_x, d_w) are of this kind: each has its operands scaled anew, along the dim that it
+sums over. int8 is added up in int32, without error; fp8 in float32, with e4m3 for values and e5m2 for gradients.
+Rounding is to nearest, so that a step is a function of its inputs alone. NaN and infinity make scales, and so results,
+that are not finite: a step that overflows is seen.
 """
 
 import functools
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float, Shaped
 
 Kind = Literal["int8", "fp8"]
 Kernel = Literal["plain", "pallas"]
-BLOCKS = (512, 384, 256, 128)  # rows, columns or summed numbers of a kernel's tile: the first that divides
-FORMS = {"int8": (jnp.int8, jnp.int8), "fp8": (jnp.float8_e4m3fn, jnp.float8_e5m2)}  # of values, of gradients
-SUMS = {"int8": jnp.int32, "fp8": jnp.float32}
+Gradients = Literal["quantized", "plain"]  # plain: in the type of x
+Dims = tuple[tuple[int], tuple[int]]
+
+SMALLEST = 1e-30  # absmax that a scale is made of: rows of zeros stay zeros, and a scale does not underflow
+TILES = (512, 1024, 1024)  # rows, columns and summed dim of a visit: 7 MiB of VMEM, twice buffered, with the sums
+PLAIN, ACROSS, TRANSPOSED = ((1,), (0,)), ((1,), (1,)), ((0,), (0,))  # products a b, a bᵀ and aᵀ b
+LANES = 128  # multiple that all three are padded to
 
 
-def quantize(x: Float[Array, "rows D"], dtype: Any) -> tuple[Num[Array, "rows D"], Float[Array, "rows 1"]]:
-    """Each row as whole numbers up to 127, or in fp8, and its scale; a row of zeros has scale 1."""
-    is_whole = jnp.issubdtype(dtype, jnp.integer)
-    limit = 127.0 if is_whole else float(jnp.finfo(dtype).max)
-    x = x.astype(jnp.float32)
-    most = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-    scale = jnp.where(most > 0, most / limit, 1.0)
-    q = x / scale
-    return (jnp.round(q) if is_whole else q).astype(dtype), scale
+class Scaled(NamedTuple):
+    """8-bit values, and the scales that make them real again."""
 
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def quantized_matmul(
-    x: Float[Array, "T D"], w: Float[Array, "D F"], kind: Kind, kernel: Kernel = "plain", interpret: bool = False
-) -> Float[Array, "T F"]:
-    """x @ w in the type of x, from numbers of 8 bits."""
-    values, _ = FORMS[kind]
-    return _product(x, w.T, (values, values), kind, kernel, interpret).astype(x.dtype)
-
-
-def _forward(x, w, kind, kernel, interpret):
-    return quantized_matmul(x, w, kind, kernel, interpret), (x, w)
-
-
-def _backward(kind, kernel, interpret, residuals, grad):
-    x, w = residuals
-    values, grads = FORMS[kind]
-    d_x = _product(grad, w, (grads, values), kind, kernel, interpret)
-    d_w = _product(x.T, grad.T, (values, grads), kind, kernel, interpret)
-    return d_x.astype(x.dtype), d_w.astype(w.dtype)
-
-
-quantized_matmul.defvjp(_forward, _backward)
+    values: Shaped[Array, "rows columns"]
+    scales: Float[Array, "..."]  # one for each row or column
 
 
 def quantized_einsum(
     equation: str, x: Float[Array, "..."], w: Float[Array, "..."], *, kind: Kind, kernel: Kernel
 ) -> Float[Array, "..."]:
-    """`jnp.einsum` for an equation that sums over the last letters of x, which are the first of w, and no others."""
+    """`jnp.einsum` where the last letters of x are the first of w, and nothing else is summed: "BTNH,NHD->BTD"."""
     left, right = equation.split("->")[0].split(",")
-    num_summed = sum(letter in right for letter in left)
-    assert left[-num_summed:] == right[:num_summed], equation
-    kept, columns = x.shape[:-num_summed], w.shape[num_summed:]
-    inputs = math.prod(w.shape[:num_summed])
-    y: Any = quantized_matmul(x.reshape(-1, inputs), w.reshape(inputs, -1), kind, kernel)
-    return y.reshape(*kept, *columns)
+    count = next(size for size in range(len(right), -1, -1) if left.endswith(right[:size]))
+    summed, kept = right[:count], right[count:]
+    if not summed or equation != f"{left},{right}->{left[: len(left) - count]}{kept}":
+        raise ValueError(f"{equation!r} is not a product over the last dims of x and the first of w; give it plain")
+    rows, matrix = x.reshape(*x.shape[: x.ndim - count], -1), w.reshape(math.prod(w.shape[:count]), -1)
+    y = quantized_matmul(rows, matrix, kind=kind, kernel=kernel)
+    return y.reshape(*x.shape[: x.ndim - count], *w.shape[count:])
 
 
-def _product(x: Float[Array, "T D"], rows: Float[Array, "F D"], forms, kind: Kind, kernel: Kernel, interpret: bool):
-    """x @ rowsᵀ in float32, both quantized along D."""
-    (q, scale), (q_rows, row_scale) = quantize(x, forms[0]), quantize(rows, forms[1])
+def quantized_matmul(
+    x: Float[Array, "*rows inputs"],
+    w: Float[Array, "inputs outputs"],
+    *,
+    kind: Kind,
+    kernel: Kernel,
+    gradients: Gradients = "quantized",
+) -> Float[Array, "*rows outputs"]:
+    """x @ w in 8 bits, and its gradients alike, or in the type of x where `gradients` is plain."""
+    y: Any = _matmul(x.reshape(-1, x.shape[-1]), w, kind, kernel, gradients)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _matmul(x, w, kind, kernel, gradients):
+    value, _ = _types(kind)
+    return _product(quantized(x, value, axis=1), quantized(w, value, axis=0), PLAIN, kernel, x.dtype)
+
+
+def _forward(x, w, kind, kernel, gradients):
+    return _matmul(x, w, kind, kernel, gradients), (x, w)
+
+
+def _backward(kind, kernel, gradients, residuals, d_y):
+    x, w = residuals
+    if gradients == "plain":
+        return d_y @ w.T, x.T @ d_y
+    value, gradient = _types(kind)
+    rows, columns = quantized(d_y, gradient, axis=1), quantized(d_y, gradient, axis=0)
+    d_x = _product(rows, quantized(w, value, axis=1), ACROSS, kernel, x.dtype)
+    d_w = _product(quantized(x, value, axis=0), columns, TRANSPOSED, kernel, w.dtype)
+    return d_x, d_w
+
+
+_matmul.defvjp(_forward, _backward)
+
+
+def _types(kind: Kind) -> tuple[jnp.dtype, jnp.dtype]:
+    """Of values and of gradients."""
+    if kind == "int8":
+        return jnp.dtype(jnp.int8), jnp.dtype(jnp.int8)
+    return jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2)
+
+
+def quantized(x: Float[Array, "rows columns"], dtype: jnp.dtype, *, axis: int) -> Scaled:
+    """`x` in 8 bits with one scale for all that stands along `axis`."""
+    x = x.astype(jnp.float32)
+    is_whole = jnp.issubdtype(dtype, jnp.integer)
+    largest = float(jnp.iinfo(dtype).max if is_whole else jnp.finfo(dtype).max)
+    most = jnp.maximum(jnp.max(jnp.abs(x), axis=axis, keepdims=True), SMALLEST)
+    values = x * (largest / most)  # one division a scale, not one a value
+    return Scaled((jnp.round(values) if is_whole else values).astype(dtype), most.reshape(-1) / largest)
+
+
+def _product(x: Scaled, w: Scaled, dims: Dims, kernel: str, dtype: jnp.dtype) -> Float[Array, "rows columns"]:
     if kernel == "pallas":
-        return _tiles(q, q_rows, scale, row_scale.T, kind, interpret)
-    sums = jax.lax.dot_general(q, q_rows, (((1,), (1,)), ((), ())), preferred_element_type=SUMS[kind])
-    return sums.astype(jnp.float32) * scale * row_scale.T
+        return _tiled(x, w, dims, dtype)
+    sums = _dot(x.values, w.values, dims)
+    return (sums.astype(jnp.float32) * x.scales[:, None] * w.scales[None]).astype(dtype)
 
 
-def _tiles(q, rows, scale, row_scale, kind: Kind, interpret: bool) -> Float[Array, "T F"]:
-    """The same as a Pallas kernel: a tile's sums stay in VMEM over D and are scaled as they leave."""
-    (T, D), (F, _) = q.shape, rows.shape
-    t, f, d = (next((block for block in BLOCKS if size % block == 0), size) for size in (T, F, D))
+def _dot(x: Shaped[Array, "..."], w: Shaped[Array, "..."], dims: Dims) -> Shaped[Array, "rows columns"]:
+    return jax.lax.dot_general(x, w, (dims, ((), ())), preferred_element_type=_sum_type(x.dtype))
 
-    def kernel(q, rows, scale, row_scale, out, sums):
-        @pl.when(pl.program_id(2) == 0)
-        def _():
-            sums[...] = jnp.zeros_like(sums)
 
-        contract = (((1,), (1,)), ((), ()))
-        sums[...] += jax.lax.dot_general(q[...], rows[...], contract, preferred_element_type=SUMS[kind])
+def _sum_type(dtype: jnp.dtype) -> jnp.dtype:
+    return jnp.dtype(jnp.int32 if jnp.issubdtype(dtype, jnp.integer) else jnp.float32)
 
-        @pl.when(pl.program_id(2) == D // d - 1)
-        def _():
-            out[...] = sums[...].astype(jnp.float32) * scale[...] * row_scale[...]
 
-    return pl.pallas_call(
-        kernel,
-        grid=(T // t, F // f, D // d),
+# In Pallas
+
+
+def _tiled(x: Scaled, w: Scaled, dims: Dims, dtype: jnp.dtype) -> Float[Array, "rows columns"]:
+    """A tile of the result stays in VMEM while all tiles of the summed dim pass, and is scaled when it leaves."""
+    (x_sum,), (w_sum,) = dims
+    rows, inputs, outputs = x.values.shape[1 - x_sum], x.values.shape[x_sum], w.values.shape[1 - w_sum]
+    m, n, k = (_tile(size, most) for size, most in zip((rows, outputs, inputs), TILES, strict=True))
+    tall, wide, deep = (-(-size // tile) * tile for size, tile in ((rows, m), (outputs, n), (inputs, k)))
+    x_tile, w_tile = ((m, k) if x_sum else (k, m)), ((n, k) if w_sum else (k, n))
+    y = pl.pallas_call(
+        functools.partial(_kernel, dims=dims),
+        out_shape=jax.ShapeDtypeStruct((tall, wide), dtype),
+        grid=(tall // m, wide // n, deep // k),
         in_specs=[
-            pl.BlockSpec((t, d), lambda i, j, k: (i, k)),
-            pl.BlockSpec((f, d), lambda i, j, k: (j, k)),
-            pl.BlockSpec((t, 1), lambda i, j, k: (i, 0)),
-            pl.BlockSpec((1, f), lambda i, j, k: (0, j)),
+            pl.BlockSpec(x_tile, lambda i, j, s: (i, s) if x_sum else (s, i)),
+            pl.BlockSpec(w_tile, lambda i, j, s: (j, s) if w_sum else (s, j)),
+            pl.BlockSpec((m, 1), lambda i, j, s: (i, 0)),
+            pl.BlockSpec((1, n), lambda i, j, s: (0, j)),
         ],
-        out_specs=pl.BlockSpec((t, f), lambda i, j, k: (i, j)),
-        out_shape=jax.ShapeDtypeStruct((T, F), jnp.float32),
-        scratch_shapes=[pltpu.VMEM((t, f), SUMS[kind])],
-        cost_estimate=pl.CostEstimate(flops=2 * T * D * F, bytes_accessed=(T + F) * D + 4 * T * F, transcendentals=0),
-        interpret=interpret,
-        name=f"{kind}_matmul",
-    )(q, rows, scale, row_scale)
+        out_specs=pl.BlockSpec((m, n), lambda i, j, s: (i, j)),
+        scratch_shapes=[pltpu.VMEM((m, n), _sum_type(x.values.dtype))],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * tall * deep * wide,
+            bytes_accessed=tall * deep * (wide // n) + deep * wide * (tall // m) + tall * wide * dtype.itemsize,
+            transcendentals=0,
+        ),
+        name="quantized_matmul",
+    )(
+        _padded(x.values, *x_tile),
+        _padded(w.values, *w_tile),
+        _padded(x.scales[:, None], m, 1),
+        _padded(w.scales[None], 1, n),
+    )
+    return y[:rows, :outputs]
+
+
+def _kernel(x, w, x_scales, w_scales, y, sums, *, dims):
+    """x [m k] and w [k n] in 8 bits, the other way round where `dims` says so; y [m n] is scaled `sums`.
+
+    x_scales [m 1], w_scales [1 n]; `sums` [m n] are over the last dim of the grid.
+    """
+
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        sums[...] = jnp.zeros_like(sums)
+
+    sums[...] += _dot(x[...], w[...], dims)
+
+    @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
+    def _():
+        y[...] = (sums[...].astype(jnp.float32) * x_scales[...] * w_scales[...]).astype(y.dtype)
+
+
+def _tile(size: int, most: int) -> int:
+    """The largest multiple of LANES up to `most` that divides `size` once that is a multiple itself."""
+    size = -(-size // LANES) * LANES
+    return next(tile for tile in range(min(most, size), 0, -LANES) if size % tile == 0)
+
+
+def _padded(x: Shaped[Array, "rows columns"], rows: int, columns: int) -> Shaped[Array, "tall wide"]:
+    """Zeros after both dims, up to multiples."""
+    tall, wide = x.shape
+    return jnp.pad(x, ((0, -tall % rows), (0, -wide % columns)))

@@ -24,6 +24,17 @@ PEAK_FLOPS = {
     "TPU7x": 2307e12 / 2,
 }
 
+FP8 = ("TPU7x",)  # TPUs with a unit for fp8: docs/design/quantized_training.md
+
+
+def require_fp8(device: Any) -> None:
+    """ValueError for a TPU that would multiply fp8 in another type; a CPU does, too, but there it is to try things."""
+    if device.platform == "tpu" and device.device_kind not in FP8:
+        raise ValueError(
+            f"model.matmul=fp8 gains nothing on {device.device_kind}; "
+            f"the chips that multiply fp8 are {', '.join(FP8)}: set int8 or float"
+        )
+
 
 def peak_flops(device: Any) -> float:
     """FLOP/s that one device reaches at best: from the table, else the best float32 matmul of 0.2 s.

@@ -128,13 +128,19 @@ def einsum(
     sums: str | None = None,
     product: Callable = jnp.einsum,
 ) -> Float[Array, "..."]:
-    """`product` (of einsum's signature) with the weight cast to the activation's type and the result's layout named.
+    """An einsum with the weight cast to the activation's type and the result's layout named.
 
     `sums` is the logical name of a summed dim that the mesh may split: the partial sums are added up here, and where
     `out` splits a dim over the same axis, each device gets its part alone (a reduce-scatter).
+    `product`, of einsum's signature, is what training multiplies with; inference multiplies as it is written.
     """
-    w = w.astype(x.dtype)
-    y = w.einsum(equation, x) if isinstance(w, Slabs) else product(equation, x, w)
+    layout, w = _LAYOUT.get(), w.astype(x.dtype)
+    if isinstance(w, Slabs):
+        y = w.einsum(equation, x)
+    elif layout is not None and layout.is_manual:
+        y = product(equation, x, w)
+    else:
+        y = jnp.einsum(equation, x, w)
     return place(y, out) if sums is None else added(y, sums, out)
 
 

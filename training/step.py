@@ -17,6 +17,7 @@ from model import parameters
 from model.config import ModelConfig, with_kernels
 from model.memory import GatheredKV, Memory, Packed, Queries, Ring
 from model.moe import updated_bias, utilisation
+from parallel.chips import require_fp8
 from parallel.compilation import CPU_OPTIONS
 from parallel.config import AxisRules, ExecutionConfig
 from parallel.ring_attention import zigzag
@@ -54,6 +55,8 @@ def make_steps(
     check_host_memory(model, platform)
     options = CPU_OPTIONS if platform == "cpu" and mesh.size > 1 else None
     model = with_kernels(model, platform)
+    if model.matmul == "fp8":
+        require_fp8(mesh.devices.flat[0])
     names = parameters.abstract(model).names
     optimizer = make_optimizer(optim, names, total_steps=train.steps)
     shardings = state_shardings(model, optimizer, mesh, rules, ema=optim.ema_decay > 0)
