@@ -117,6 +117,11 @@ class ModelConfig:
         return tuple(self.layers[i % len(self.layers)] for i in range(self.num_layers))
 
     @property
+    def kernel(self) -> Literal["plain", "pallas"]:
+        """Which kernels: `auto` that no platform has decided is plain."""
+        return "pallas" if self.kernels == "pallas" else "plain"
+
+    @property
     def rotary_dim(self) -> int:
         """Dims of a head that turn with the position."""
         return self.rope_dim or self.head_dim

@@ -126,6 +126,11 @@ def output_logits(
 ) -> Float[Array, "B T V"]:
     """Float32 logits of hidden states, capped to ±softcap by tanh where one is given."""
     logits = einsum("BTD,VD->BTV", hidden, unembedding, out=("batch", "seq", "act_vocab")).astype(jnp.float32)
+    return capped(logits, softcap)
+
+
+def capped(logits: Float[Array, "..."], softcap: float | None) -> Float[Array, "..."]:
+    """Output logits bent into ±softcap by tanh, where one is given (Gemma 2, arXiv:2408.00118, section 2)."""
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 

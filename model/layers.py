@@ -190,8 +190,7 @@ def product_of(config: ModelConfig) -> Callable:
     """The product of a layer's matrices, of einsum's signature."""
     if config.matmul == "float":
         return jnp.einsum
-    kernel = "pallas" if config.kernels == "pallas" else "plain"
-    return functools.partial(quantized_einsum, kind=config.matmul, kernel=kernel)
+    return functools.partial(quantized_einsum, kind=config.matmul, kernel=config.kernel)
 
 
 class FeedForward(nnx.Module):

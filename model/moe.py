@@ -65,7 +65,7 @@ class MoE(nnx.Module):
         choice = choose(self.config, logits, None if self.router_bias is None else self.router_bias[...])
         chosen = jnp.where(mask[..., None], choice.chosen, E)  # padding goes nowhere
         weights = Weights(*(w[...].astype(x.dtype) for w in (self.gate, self.up, self.down)))
-        axes, kernel = manual_axes("experts"), "pallas" if self.config.kernels == "pallas" else "plain"
+        axes, kernel = manual_axes("experts"), self.config.kernel
         how = Execution(E, self.config.activation, axes, self.config.expert_capacity, kernel, "weight")
         tokens, gates = x.reshape(-1, x.shape[-1]), choice.gates.reshape(-1, A)
         y = apply_experts(how, tokens, gates, chosen.reshape(-1, A), weights)

@@ -28,14 +28,13 @@ def rematerialized(layer: Callable, config: ModelConfig) -> Callable:
         return layer
     if config.remat == "dots":
         kept = policies.save_only_these_names(*ATTENTION, *config.remat_save)
-        return jax.checkpoint(
-            layer, policy=policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, kept)
+        policy = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, kept)
+    else:
+        names = dict.fromkeys((*NAMES[config.remat], *config.remat_save))
+        policy = policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[name for name in names if name not in config.remat_offload],
+            names_which_can_be_offloaded=list(config.remat_offload),
+            offload_src="device",
+            offload_dst="pinned_host",
         )
-    names = dict.fromkeys((*NAMES[config.remat], *config.remat_save))
-    policy = policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[name for name in names if name not in config.remat_offload],
-        names_which_can_be_offloaded=list(config.remat_offload),
-        offload_src="device",
-        offload_dst="pinned_host",
-    )
     return jax.checkpoint(layer, policy=policy, prevent_cse=not config.scan_layers)

@@ -28,9 +28,21 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     Raises ValueError where the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = config.sizes(len(devices))
-    grid = _on_torus(sizes, torus(devices))
+    grid = _on_torus(config.sizes(len(devices)), torus(devices))
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def called(axis: str) -> str:
+    """What a mesh axis is called in a config: `fsdp` is several here."""
+    return FSDP[0] if axis in FSDP else axis
+
+
+def mesh_sizes(mesh: Mesh) -> dict[str, int]:
+    """Devices along each axis as a config calls it."""
+    found: dict[str, int] = {}
+    for axis, size in mesh.shape.items():
+        found[called(axis)] = found.get(called(axis), 1) * size
+    return found
 
 
 def torus(devices: Sequence[Any]) -> np.ndarray:

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +50,12 @@ def use(mesh: Mesh, rules: AxisRules, *, manual: bool = False) -> Iterator[None]
         yield
     finally:
         _LAYOUT.reset(token)
+
+
+def _manual() -> Layout | None:
+    """The ambient layout where it is a manual one."""
+    layout = _LAYOUT.get()
+    return layout if layout is not None and layout.is_manual else None
 
 
 def axes_of(bound: MeshAxes) -> tuple[str, ...]:
@@ -97,6 +103,13 @@ def sharding(names: Names, shape: tuple[int, ...], mesh: Mesh, rules: AxisRules)
     return NamedSharding(mesh, partition)
 
 
+def located(shapes: Any, shardings: Any) -> Any:
+    """A tree of arrays without their numbers, but with their places."""
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, shardings
+    )
+
+
 # Automatic
 
 
@@ -134,19 +147,14 @@ def einsum(
     `out` splits a dim over the same axis, each device gets its part alone (a reduce-scatter).
     `product`, of einsum's signature, is what training multiplies with; inference multiplies as it is written.
     """
-    layout, w = _LAYOUT.get(), w.astype(x.dtype)
-    if isinstance(w, Slabs):
-        y = w.einsum(equation, x)
-    elif layout is not None and layout.is_manual:
-        y = product(equation, x, w)
-    else:
-        y = jnp.einsum(equation, x, w)
+    w, multiply = w.astype(x.dtype), product if _manual() else jnp.einsum
+    y = w.einsum(equation, x) if isinstance(w, Slabs) else multiply(equation, x, w)
     return place(y, out) if sums is None else added(y, sums, out)
 
 
 def added(x: Float[Array, "..."], sums: str, out: Names) -> Float[Array, "..."]:
     """Partial sums over the devices that split the name `sums`, added up and laid out as `out`."""
-    layout, axes = _LAYOUT.get(), manual_axes(sums)
+    layout, axes = _manual(), manual_axes(sums)
     if layout is None or not axes:
         return relaid(x, tuple("seq" if name == "residual_seq" else name for name in out), out)
     partition = spec(out, layout.rules, layout.mesh)
@@ -158,8 +166,8 @@ def added(x: Float[Array, "..."], sums: str, out: Names) -> Float[Array, "..."]:
 
 def relaid(x: Num[Array, "..."], was: Names, now: Names) -> Num[Array, "..."]:
     """An activation laid out as `was` becomes one laid out as `now`: gathered over axes that go, cut by new ones."""
-    layout = _LAYOUT.get()
-    if layout is None or not layout.is_manual:
+    layout = _manual()
+    if layout is None:
         return place(x, now)
     pairs = zip(spec(was, layout.rules, layout.mesh), spec(now, layout.rules, layout.mesh), strict=True)
     for dim, (old, new) in enumerate(pairs):
@@ -179,8 +187,8 @@ def relaid(x: Num[Array, "..."], was: Names, now: Names) -> Num[Array, "..."]:
 
 def manual_axes(*names: str) -> tuple[str, ...]:
     """The mesh axes, larger than 1, that split these logical names in a manual layout; none elsewhere."""
-    layout = _LAYOUT.get()
-    if layout is None or not layout.is_manual:
+    layout = _manual()
+    if layout is None:
         return ()
     axes = dict.fromkeys(axis for name in names for axis in axes_of(getattr(layout.rules, name)))
     return tuple(axis for axis in axes if layout.mesh.shape[axis] > 1)
@@ -194,8 +202,8 @@ def num_parts(axes: tuple[str, ...]) -> int:
 
 def num_copies() -> int:
     """How many devices hold the same tokens: each takes that part of a sum over tokens as its own."""
-    layout = _LAYOUT.get()
-    if layout is None or not layout.is_manual:
+    layout = _manual()
+    if layout is None:
         return 1
     return layout.mesh.size // num_parts(manual_axes("batch", "seq"))
 
@@ -210,8 +218,8 @@ def part_index(axes: tuple[str, ...]) -> Int[Array, ""]:
 
 def everywhere() -> tuple[str, ...]:
     """All mesh axes larger than 1 of a manual layout."""
-    layout = _LAYOUT.get()
-    if layout is None or not layout.is_manual:
+    layout = _manual()
+    if layout is None:
         return ()
     return tuple(axis for axis, size in layout.mesh.shape.items() if size > 1)
 

@@ -175,7 +175,7 @@ def _shardings(asked: argparse.Namespace) -> int:
 
         jax.config.update("jax_num_cpu_devices", num_devices)
     _ready(asked)
-    from parallel.mesh import make_mesh
+    from parallel.mesh import make_mesh, mesh_sizes
     from parallel.topology import topology_devices
     from perf import aot, shardings, tables
 
@@ -183,7 +183,7 @@ def _shardings(asked: argparse.Namespace) -> int:
     work, mesh = _work(run), make_mesh(run.mesh, devices)
     rows = shardings.report(work, mesh)
     found: dict[str, Any] = {
-        "mesh": aot.mesh_sizes(mesh),
+        "mesh": mesh_sizes(mesh),
         "tensors": [shardings.plain(row) for row in rows],
         "flagged": [row.path for row in rows if row.flag],
         "state_bytes": shardings.total(rows),

@@ -19,7 +19,6 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from data.config import DataConfig
-from data.packing import Batch
 from data.tokenizer import ByteTokenizer
 from inference import steps as serving
 from inference.cache import slots_for
@@ -32,11 +31,13 @@ from model.memory import dense_cache
 from model.parameters import abstract, shardings, summed_dims
 from parallel.compilation import TPU_OPTIONS
 from parallel.config import AxisRules, ExecutionConfig, MeshConfig
-from parallel.mesh import make_mesh
+from parallel.mesh import called, make_mesh, mesh_sizes
+from parallel.sharding import located
 from parallel.topology import Topology, topology_devices
 from perf import hlo, memory
 from perf.hlo import Collective
 from training.config import OptimConfig, TrainConfig
+from training.feed import Feed
 from training.loop import with_vocabulary
 from training.state import TrainState, abstract_state
 from training.step import make_steps
@@ -134,11 +135,6 @@ def relative_sources() -> Iterator[None]:
         jax.config.update(name, before)
 
 
-def structs(shapes: Any, where: Any) -> Any:
-    """Arrays without their numbers, but with their places."""
-    return jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, where)
-
-
 def train_state(work: Work, mesh: Mesh) -> tuple[Any, TrainState]:
     """The steps of a run and the shapes of its state."""
     steps = make_steps(work.model, work.optim, work.train, mesh, work.rules, work.execution)
@@ -153,12 +149,10 @@ def train_sizes(work: Work, mesh: Mesh) -> dict[str, int]:
 
 def _train(work: Work, mesh: Mesh) -> tuple[jax.stages.Lowered, dict[str, int], int]:
     steps, shapes = train_state(work, mesh)
-    size = (work.train.batch_size, work.train.seq_len)
-    types = [jnp.float32 if name == "mask" else jnp.int32 for name in Batch._fields]
-    batch: Any = Batch._make(jax.ShapeDtypeStruct(size, dtype, sharding=steps.batch) for dtype in types)
-    sizes = memory.training(work.model, work.train, mesh, work.rules, shapes, steps.state)
+    batch: Any = Feed(steps.batch, (work.train.batch_size, work.train.seq_len)).abstract()
+    held = memory.training(work.model, work.train, mesh, work.rules, shapes, steps.state)
     arguments = memory.device_bytes(shapes, steps.state) + sum(memory.leaf_bytes(x, x.sharding) for x in batch)
-    return steps.train.lower(structs(shapes, steps.state), batch), sizes, arguments
+    return steps.train.lower(located(shapes, steps.state), batch), held, arguments
 
 
 def _prefill(work: Work, mesh: Mesh) -> tuple[jax.stages.Lowered, dict[str, int], int]:
@@ -213,7 +207,7 @@ def served(work: Work, mesh: Mesh) -> tuple[Program, Any, Any, int]:
     )
     cache = jax.eval_shape(lambda: dense_cache(model, rows, slots_for(work.length)))
     places = jax.tree.map(lambda x: serving.on_mesh(program, serving.cache_names(x)), cache)
-    return program, parameters, structs(cache, places), rows
+    return program, parameters, located(cache, places), rows
 
 
 def everywhere(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> Any:
@@ -266,7 +260,7 @@ def compile_lowered(work: Work, topology: Topology, step: Lowered, *, effort: fl
     found, text = program.memory_analysis(), program.as_text()
     assert found is not None, "libtpu tells no memory"
     assert text is not None, "libtpu tells no program"
-    module = hlo.parse(text)
+    module, names = hlo.parse(text), {axis: called(axis) for axis in step.mesh.axis_names}
     peak = int(found.peak_memory_in_bytes)
     return Report(
         **shared,
@@ -278,7 +272,7 @@ def compile_lowered(work: Work, topology: Topology, step: Lowered, *, effort: fl
         temp_bytes=int(found.temp_size_in_bytes),
         breakdown=memory.breakdown(peak, step.sizes),
         collectives=hlo.collectives(
-            module, dict(step.mesh.shape), slice_axes=slice_axes(step.mesh, topology), names=axis_names(step.mesh)
+            module, dict(step.mesh.shape), slice_axes=slice_axes(step.mesh, topology), names=names
         ),
         kernels=hlo.kernels(module),
         compile_cpu_seconds=seconds,
@@ -297,20 +291,6 @@ def needed_bytes(message: str, room: int) -> int | None:
 def first_line(error: Exception) -> str:
     """What an error says first."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def axis_names(mesh: Mesh) -> dict[str, str]:
-    """What each axis of a mesh is called in a config: one axis there may be several here, one a torus dimension."""
-    known = [field.name for field in dataclasses.fields(MeshConfig)]
-    return {axis: next((name for name in known if axis.startswith(name)), axis) for axis in mesh.axis_names}
-
-
-def mesh_sizes(mesh: Mesh) -> dict[str, int]:
-    """Devices along each axis as a config calls it."""
-    sizes: dict[str, int] = {}
-    for axis, name in axis_names(mesh).items():
-        sizes[name] = sizes.get(name, 1) * mesh.shape[axis]
-    return sizes
 
 
 def slice_axes(mesh: Mesh, topology: Topology) -> tuple[str, ...]:

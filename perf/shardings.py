@@ -10,8 +10,9 @@ from jax.sharding import Mesh
 from model.parameters import abstract
 from parallel.checkpoint import named
 from parallel.config import AxisRules
+from parallel.mesh import called, mesh_sizes
 from parallel.sharding import Names, sharding
-from perf.aot import Work, axis_names, train_state
+from perf.aot import Work, train_state
 from perf.memory import leaf_bytes
 
 LARGE = 2**20  # bytes on a device from which a whole tensor is worth a word
@@ -38,7 +39,7 @@ def report(work: Work, mesh: Mesh, *, large: int = LARGE) -> list[Row]:
     for (path, leaf), where in zip(leaves.items(), places, strict=True):
         owner = next((own for own in names if path == own or path.endswith(f".{own}")), "")
         mine = names[owner] if owner and len(names[owner]) == len(leaf.shape) else ()
-        spec = _spec(where.spec, len(leaf.shape), axis_names(mesh))
+        spec = _spec(where.spec, len(leaf.shape))
         rows.append(Row(path, mine, leaf.shape, str(leaf.dtype), spec, _bytes(leaf, where), ""))
     return flagged(rows, mesh, work.rules, large=large)
 
@@ -54,11 +55,11 @@ def _bytes(leaf: Any, where: Any) -> int:
     return leaf.size * leaf.dtype.itemsize if jnp.issubdtype(leaf.dtype, jnp.uint32) else leaf_bytes(leaf, where)
 
 
-def _spec(spec: Any, num_dims: int, called: dict[str, str]) -> tuple[str, ...]:
+def _spec(spec: Any, num_dims: int) -> tuple[str, ...]:
     """Mesh axes of each dim as the config calls them."""
     entries = [*spec, *[None] * (num_dims - len(spec))]
     axes = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in entries]
-    return tuple(",".join(dict.fromkeys(called[axis] for axis in some)) for some in axes)
+    return tuple(",".join(dict.fromkeys(called(axis) for axis in some)) for some in axes)
 
 
 def flagged(rows: list[Row], mesh: Mesh, rules: AxisRules, *, large: int) -> list[Row]:
@@ -67,13 +68,9 @@ def flagged(rows: list[Row], mesh: Mesh, rules: AxisRules, *, large: int) -> lis
     `data` repeats parameters by design. An axis that splits nothing but layers (pipe) says nothing of a tensor
     without layers.
     """
-    called = axis_names(mesh)
-    sizes: dict[str, int] = {}
-    for axis in mesh.axis_names:
-        sizes[called[axis]] = sizes.get(called[axis], 1) * mesh.shape[axis]
     splitting = {axis for row in rows for axis in used(row, layers=False)}
     anywhere = {axis for row in rows for axis in used(row)}
-    return [row._replace(flag=_flag(row, sizes, splitting, anywhere, mesh, rules, large)) for row in rows]
+    return [row._replace(flag=_flag(row, mesh_sizes(mesh), splitting, anywhere, mesh, rules, large)) for row in rows]
 
 
 def used(row: Row, *, layers: bool = True) -> set[str]:
@@ -87,10 +84,10 @@ def used(row: Row, *, layers: bool = True) -> set[str]:
     }
 
 
-def _flag(row: Row, sizes: dict[str, int], splitting: set, anywhere: set, mesh: Mesh, rules, large: int) -> str:
+def _flag(row: Row, devices: dict[str, int], splitting: set, anywhere: set, mesh: Mesh, rules, large: int) -> str:
     if row.bytes < large or sum(dim > 1 for dim in row.shape) < 2:
         return ""
-    for axis, size in sizes.items():
+    for axis, size in devices.items():
         if size == 1 or axis == "data" or axis in used(row):
             continue
         told = [name for name in row.names if name and axis in _bound(name, mesh, rules)]
@@ -106,7 +103,7 @@ def _flag(row: Row, sizes: dict[str, int], splitting: set, anywhere: set, mesh: 
 def _bound(name: str, mesh: Mesh, rules: AxisRules) -> set[str]:
     """The axes, as the config calls them, that a logical name is split by."""
     spec = sharding((name,), (math.prod(mesh.shape.values()),), mesh, rules).spec
-    return set(",".join(_spec(spec, 1, axis_names(mesh))).split(",")) - {""}
+    return set(",".join(_spec(spec, 1)).split(",")) - {""}
 
 
 def plain(row: Row) -> dict[str, Any]:

@@ -18,14 +18,11 @@ from parallel.compilation import TPU_OPTIONS, default_folder
 from parallel.topology import find
 from perf import aot
 from perf.aot import LOW, Work
+from tests.tpu import needs_libtpu
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 RUNS = [path for path in sorted(CONFIGS.glob("*.py")) if "\nrun = " in path.read_text()]
 QUICK = {("tiny", "v5e:1x1"), ("shakespeare", "v5e:1x1")}
-
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: uv sync --group tpu"
-)
 
 
 CASES = [

@@ -30,7 +30,8 @@ from parallel.checkpoint import Checkpoint, Checkpoints
 from parallel.chips import peak_flops
 from parallel.compilation import cache_compilations
 from parallel.config import AxisRules, ExecutionConfig, MeshConfig
-from parallel.mesh import AXES, FSDP, make_mesh
+from parallel.mesh import make_mesh, mesh_sizes
+from parallel.sharding import located
 from training import folder as run_folder
 from training import metrics
 from training.config import OptimConfig, TrainConfig
@@ -304,9 +305,7 @@ def check_prompt(prompt: str, corpus: pipeline.Corpus, model: ModelConfig) -> No
 def opening(task: Task, found: Checkpoint | None, moved: dict[str, tuple[Any, Any]]) -> Iterator[str]:
     """The first lines: what computes what, on which text, from where."""
     kind = task.mesh.devices.flat[0].device_kind
-    sizes = {axis: task.mesh.shape[axis] for axis in AXES if axis not in FSDP}
-    sizes |= {"fsdp": math.prod(task.mesh.shape[axis] for axis in FSDP)}
-    shape = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
+    shape = " x ".join(f"{axis}={size}" for axis, size in mesh_sizes(task.mesh).items() if size > 1)
     yield (
         f"{task.mesh.size} {kind} device{'s' * (task.mesh.size > 1)}"
         f"{f' of {hosts.count()} processes' * (hosts.count() > 1)}, {f'mesh {shape}, ' * bool(shape)}"
@@ -326,11 +325,7 @@ def made_start(
 ) -> Start:
     """The state made or restored, while the step compiles and the first batch is loaded."""
     steps, ema = task.steps, optim.ema_decay > 0
-    shapes = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        abstract_state(task.model, steps.optimizer, ema=ema),
-        steps.state,
-    )
+    shapes = located(abstract_state(task.model, steps.optimizer, ema=ema), steps.state)
     compiling = pool.submit(lambda: steps.train.lower(shapes, task.feed.abstract()).compile())
     loader = pipeline.TrainLoader(
         task.corpus,
@@ -352,11 +347,7 @@ def made_start(
 def get_ready(loop: Loop) -> None:
     """What evaluations, checkpoints and plots will need, while the first steps run."""
     steps = loop.task.steps
-    parameters = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        abstract(loop.task.model).shapes,
-        steps.state.parameters,
-    )
+    parameters = located(abstract(loop.task.model).shapes, steps.state.parameters)
     if loop.journal:
         metrics.prepare()
     checkpoint.prepare()

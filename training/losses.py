@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from model.decoder import capped, output_logits
 from model.layers import TOGETHER, my_rows
 from parallel.sharding import einsum, manual_axes, num_parts, part_index, whole
 
@@ -33,9 +34,7 @@ def token_loss(
     z_loss: float,
 ) -> Loss:
     """Cross-entropy plus z_loss * log(Z)^2 (arXiv:2204.02311, section 5), all B T V logits at once: the slow twin."""
-    logits = einsum("BTD,VD->BTV", hidden, unembedding, out=("batch", "seq", "act_vocab")).astype(jnp.float32)
-    if softcap is not None:
-        logits = softcap * jnp.tanh(logits / softcap)
+    logits = output_logits(hidden, unembedding, softcap=softcap)
     top = _over_all(jax.lax.pmax, jax.lax.stop_gradient(jnp.max(logits, axis=-1)))
     log_z = top + jnp.log(_over_all(jax.lax.psum, jnp.sum(jnp.exp(logits - top[..., None]), axis=-1)))
     nll = jnp.sum((log_z - _chosen(logits, targets, unembedding)[..., 0]) * mask)
@@ -77,8 +76,7 @@ def _loss_and_gradients(hidden, unembedding, targets, mask, *, softcap, z_loss):
     is a gather and a scatter of rows.
     """
     table = unembedding.astype(hidden.dtype)
-    raw = einsum("BTD,VD->BTV", hidden, table, out=("batch", "seq", "act_vocab")).astype(jnp.float32)
-    logits = raw if softcap is None else softcap * jnp.tanh(raw / softcap)
+    logits = output_logits(hidden, table, softcap=softcap)
     top = _over_all(jax.lax.pmax, jnp.max(logits, axis=-1, keepdims=True))
     weights = jnp.exp(logits - top)
     total = _over_all(jax.lax.psum, jnp.sum(weights, axis=-1, keepdims=True))
@@ -169,17 +167,22 @@ vocabulary_loss.defvjp(_vocabulary_forward, _vocabulary_backward)
 def _parts(table: Float[Array, "V D"], chunk: int) -> tuple[Array, Array]:
     """The table in equal parts of at most `chunk` rows, and the entry of V that each begins with."""
     V, D = table.shape
-    fitting = [num for num in range(1, V + 1) if V % num == 0 and V // num <= max(chunk, 1)]
-    num = next((num for num in fitting if V // num % 128 == 0), fitting[0])
-    first = part_index(manual_axes("vocab")) * V + jnp.arange(num, dtype=jnp.int32) * (V // num)
-    return table.reshape(num, V // num, D), first
+    size = part_size(V, chunk)
+    first = part_index(manual_axes("vocab")) * V + jnp.arange(V // size, dtype=jnp.int32) * size
+    return table.reshape(V // size, size, D), first
+
+
+def part_size(V: int, chunk: int) -> int:
+    """Entries in each part of V: the most up to `chunk` in equal parts, of multiples of 128 where there are some."""
+    fitting = [V // num for num in range(1, V + 1) if V % num == 0 and V // num <= max(chunk, 1)]
+    return next((size for size in fitting if size % 128 == 0), fitting[0])
 
 
 def _part_logits(hidden: Float[Array, "B T D"], rows: Float[Array, "V d"], softcap: float | None):
     """-> logits of a part of V, capped, and its rows with all of D."""
     entries = whole(rows, ("vocab", "embed")).astype(hidden.dtype)
     logits = jnp.einsum("BTD,VD->BTV", hidden, entries, preferred_element_type=jnp.float32)
-    return (logits if softcap is None else softcap * jnp.tanh(logits / softcap)), entries
+    return capped(logits, softcap), entries
 
 
 def _hits(part: tuple[Array, Array], targets: Int[Array, "B T"]) -> Bool[Array, "B T V"]:

@@ -1,6 +1,6 @@
 """What a device computes of a batch: its share of the loss, and how its experts were used. Knows no optimizer."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +17,12 @@ from training.losses import Loss, chunked_token_loss, vocabulary_loss
 Scale = float | Float[Array, ""]  # one over the number of tokens for a mean, 1 for a sum
 
 
-def _by_tokens(table, hidden, targets, mask, chunk, softcap, z_loss) -> Loss:
+def _by_tokens(hidden, table, targets, mask, chunk, softcap, z_loss) -> Loss:
     table, chunk = whole(table, ("vocab", "embed")), min(chunk, hidden.shape[1])
     return chunked_token_loss(hidden, table, targets, mask, chunk, softcap, z_loss)
 
 
-def _by_vocabulary(table, hidden, targets, mask, chunk, softcap, z_loss) -> Loss:
-    return vocabulary_loss(hidden, table, targets, mask, chunk, softcap, z_loss)
-
-
-LOSSES = {"tokens": _by_tokens, "vocabulary": _by_vocabulary}
+LOSSES: dict[str, Any] = {"tokens": _by_tokens, "vocabulary": vocabulary_loss}
 
 
 class Outcome(NamedTuple):
@@ -50,8 +46,8 @@ def batch_outcome(
     """Cross-entropy of hidden states, `scale` times its sum over tokens."""
     with jax.named_scope("loss"):
         share = jnp.asarray(batch.mask) * scale / num_copies()
-        arrays = hidden, jnp.asarray(batch.targets), share
-        loss = LOSSES[how.loss](decoder.unembedding, *arrays, how.loss_chunk, decoder.config.final_softcap, how.z_loss)
+        arrays = hidden, decoder.unembedding, jnp.asarray(batch.targets), share
+        loss = LOSSES[how.loss](*arrays, how.loss_chunk, decoder.config.final_softcap, how.z_loss)
     return Outcome(*loss, None)
 
 

@@ -107,7 +107,7 @@ def gradients(
     (from_inputs,) = pull(result.input_grads)
     grads = jax.tree.map(lambda a, b: a + b.astype(a.dtype), result.finish_grads, from_inputs)
     state, *_ = result.chunk_grads
-    load = None if result.stage_aux is None else jax.tree.map(lambda x: x[0], result.stage_aux).load
+    load = None if result.stage_aux is None else result.stage_aux.load[0]
     return Outcome(result.loss, jnp.sum(result.finish_aux), load), {**grads, "layers": state}
 
 

@@ -138,7 +138,7 @@ def _in_ring_order(batch: Batch, plan: Plan, mesh: Mesh, rules: AxisRules) -> Ba
 
 def _memory(plan: Plan) -> Memory:
     """Where queries find their keys: in their own row, which may be split over devices."""
-    axes, kernel = manual_axes("seq"), plan.model.kernels
+    axes, kernel = manual_axes("seq"), plan.model.kernel
     if not axes:
         return Packed(kernel=kernel)
     if plan.execution.context == "gather":

@@ -1,7 +1,6 @@
 """The Pallas attention equals the reference, forward and backward, in interpret mode; and a TPU's compiler takes it."""
 
 import functools
-import importlib.util
 import os
 import pathlib
 import subprocess
@@ -16,6 +15,8 @@ import pytest
 from ops import flash_attention, reference
 from ops.attention import Places
 from ops.flash_attention import EMPTY, Blocks
+from parallel.topology import ENVIRONMENT
+from tests.tpu import needs_libtpu
 
 B, T, H = 2, 256, 16
 BLOCKS = Blocks(128, 128)
@@ -203,23 +204,18 @@ hlo = jax.jit(step).lower(q, k, k, at).compile().as_text()
 calls = [line for line in hlo.splitlines() if "tpu_custom_call" in line]
 print(*(sum(f"attention_{way}" in call.split("=")[0] for call in calls) for way in ("forward", "backward")))
 """
-TPU = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_LOG_DIR": "disabled",
-    "TPU_MIN_LOG_LEVEL": "3",
-    "TPU_STDERR_LOG_LEVEL": "3",
-}
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@needs_libtpu
 def test_a_tpu_compiles_it():
     root = pathlib.Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE], cwd=root, env=os.environ | TPU, capture_output=True, text=True, check=False
+        [sys.executable, "-c", COMPILE],
+        cwd=root,
+        env=os.environ | ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["1", "1"]

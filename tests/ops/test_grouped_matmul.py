@@ -95,8 +95,8 @@ def test_both_directions_differentiate():
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
-def test_tiles_fit_into_vmem(topology, dtype, monkeypatch):
-    here = SingleDeviceSharding(tpu_devices(topology, monkeypatch)[0])
+def test_tiles_fit_into_vmem(topology, dtype):
+    here = SingleDeviceSharding(tpu_devices(topology)[0])
     shapes = (1024, 2048), (4, 2048, 2048), (1024, 2048)
     x, w, d_y = [jax.ShapeDtypeStruct(shape, dtype, sharding=here) for shape in shapes]
     sizes = jax.ShapeDtypeStruct((4,), jnp.int32, sharding=here)

@@ -171,8 +171,8 @@ def test_other_einsums_are_refused(equation):
 @pytest.mark.parametrize("kernel", ["plain", "pallas"])
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
-def test_a_tpu_compiler_takes_it(topology, kind, kernel, monkeypatch):
-    here = SingleDeviceSharding(tpu_devices(topology, monkeypatch)[0])
+def test_a_tpu_compiler_takes_it(topology, kind, kernel):
+    here = SingleDeviceSharding(tpu_devices(topology)[0])
     shapes = (1024, 2048), (2048, 1536), (1024, 1536)
     inputs = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=here) for shape in shapes]
     text = gradients.lower(*inputs, kind, kernel).compile().as_text()

@@ -1,15 +1,11 @@
 """Names of TPU slices: what is there, what is near, and that libtpu agrees."""
 
-import importlib.util
 import math
 
 import pytest
 
 from parallel.topology import GENERATIONS, find, topology_devices
-
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: uv sync --group tpu"
-)
+from tests.tpu import needs_libtpu
 
 
 @pytest.mark.parametrize(

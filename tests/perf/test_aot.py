@@ -1,7 +1,6 @@
 """Real steps of tiny models, compiled for TPU slices: memory, what moves, what does not fit and what would help."""
 
 import dataclasses
-import importlib.util
 import json
 
 import jax
@@ -15,16 +14,13 @@ from model.config import ModelConfig
 from model.cost import num_parameters
 from parallel.compilation import TPU_OPTIONS
 from parallel.config import AxisRules, MeshConfig
-from parallel.mesh import make_mesh
+from parallel.mesh import make_mesh, mesh_sizes
 from parallel.topology import find, topology_devices
 from perf import __main__ as door
 from perf import advice, aot, hlo, memory, shardings
 from perf.aot import LOW, Report, Work
+from tests.tpu import needs_libtpu
 from training.config import OptimConfig, TrainConfig
-
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: uv sync --group tpu"
-)
 
 MODEL = ModelConfig(
     vocab_size=512, embed_dim=256, num_layers=3, num_heads=2, num_kv_heads=2, head_dim=128, ffn_dim=512,
@@ -136,7 +132,7 @@ def test_each_kind_of_change_is_proposed_at_its_mildest():
         train=dataclasses.replace(WORK.train, batch_size=2**17),
     )
     report = Report(
-        work=work, topology=find("v5e:2x4"), mesh=aot.mesh_sizes(mesh), fits=False, peak_bytes=98 * 2**30,
+        work=work, topology=find("v5e:2x4"), mesh=mesh_sizes(mesh), fits=False, peak_bytes=98 * 2**30,
         argument_bytes=0, output_bytes=0, alias_bytes=0, temp_bytes=0, breakdown=memory.breakdown(98 * 2**30, sizes),
         collectives=[], kernels={}, lower_cpu_seconds=0.0, compile_cpu_seconds=0.0, text="",
     )  # fmt: skip
@@ -250,7 +246,7 @@ def test_moments_that_do_not_follow_their_parameter_are_flagged():
     flags = [row.flag for row in shardings.flagged([split, whole], mesh, AxisRules(), large=2**14)]
     assert flags[0] == ""
     assert "whole over fsdp=2, although rules.embed splits it" in flags[1]
-    assert shardings._spec(P(("data", "fsdp")), 2, {"data": "data", "fsdp": "fsdp"}) == ("data,fsdp", "")
+    assert shardings._spec(P(("data", "fsdp")), 2) == ("data,fsdp", "")
 
 
 # The command line -----------------------------------------------------------------------------------------------------

@@ -1,11 +1,11 @@
 """Collectives, kernels and trip counts as they stand in scheduled HLO."""
 
-import importlib.util
 import re
 
 import pytest
 
 from perf import hlo
+from tests.tpu import needs_libtpu
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}  # device = 4 data + 2 fsdp + tensor
 
@@ -251,7 +251,7 @@ def counted_by_lines(text: str, layers: int) -> dict[str, tuple[int, int]]:
     return sums
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: uv sync --group tpu")
+@needs_libtpu
 def test_a_compiled_loop_is_counted_like_its_lines():
     import jax
     import jax.numpy as jnp

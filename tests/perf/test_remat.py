@@ -7,7 +7,8 @@ import pytest
 from parallel.topology import find
 from perf import aot
 from perf.aot import LOW
-from tests.perf.test_aot import MODEL, WORK, needs_libtpu
+from tests.perf.test_aot import MODEL, WORK
+from tests.tpu import needs_libtpu
 
 LONG = dataclasses.replace(WORK.train, batch_size=64, seq_len=256)
 DEEP = dataclasses.replace(MODEL, kernels="pallas", num_layers=6)
