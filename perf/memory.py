@@ -17,6 +17,7 @@ from model.remat import NAMES
 from parallel.config import AxisRules
 from parallel.sharding import Names, sharding
 from training.config import TrainConfig
+from training.losses import part_size
 from training.state import TrainState
 
 KINDS = ("weights", "moments", "cache", "activations", "gradients", "logits")
@@ -59,15 +60,23 @@ def training(
     saved = sum(
         share(("batch", *names), (rows, train.seq_len, size), mesh, rules) for names, size in saved_by_layer(model)
     )
-    chunk = min(train.loss_chunk, train.seq_len)
     return {
         "weights": weights + device_bytes(state.ema, where.ema),
         "moments": device_bytes(state.optimizer, where.optimizer),
         "gradients": weights * width // 4,
         "activations": share(("layers",), (model.num_layers,), mesh, rules) * saved,
-        "logits": 4 * share(("batch", None, "act_vocab"), (rows, chunk, model.vocab_size), mesh, rules),
+        "logits": 4 * logits_at_once(model, train, rows, mesh, rules),
         "cache": 0,
     }
+
+
+def logits_at_once(model: ModelConfig, train: TrainConfig, rows: int, mesh: Mesh, rules: AxisRules) -> int:
+    """Logits that one device holds at a time: of some tokens and all of V, or of all tokens and a part of V."""
+    if train.loss == "vocabulary":
+        part = part_size(share(("vocab",), (model.vocab_size,), mesh, rules), train.loss_chunk)
+        return share(("batch", "seq"), (rows, train.seq_len), mesh, rules) * part
+    chunk = min(train.loss_chunk, train.seq_len)
+    return share(("batch", None, "act_vocab"), (rows, chunk, model.vocab_size), mesh, rules)
 
 
 def saved_by_layer(model: ModelConfig) -> list[tuple[Names, int]]:

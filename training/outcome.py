@@ -47,7 +47,7 @@ def batch_outcome(
     with jax.named_scope("loss"):
         share = jnp.asarray(batch.mask) * scale / num_copies()
         arrays = hidden, decoder.unembedding, jnp.asarray(batch.targets), share
-        loss = LOSSES[how.loss](*arrays, how.loss_chunk, decoder.config.final_softcap, how.z_loss)
+        loss: Loss = LOSSES[how.loss](*arrays, how.loss_chunk, decoder.config.final_softcap, how.z_loss)
     return Outcome(*loss, None)
 
 

@@ -249,6 +249,22 @@ def test_moments_that_do_not_follow_their_parameter_are_flagged():
     assert shardings._spec(P(("data", "fsdp")), 2) == ("data,fsdp", "")
 
 
+@pytest.mark.parametrize(
+    ("change", "mesh", "expected"),
+    [
+        ({"loss": "tokens", "loss_chunk": 4}, MeshConfig(), 2 * 4 * 512),
+        ({"loss": "tokens", "loss_chunk": 4}, MeshConfig(data=1, tensor=8), 16 * 4 * 64),
+        ({"loss": "vocabulary", "loss_chunk": 200}, MeshConfig(), 2 * 8 * 128),
+        ({"loss": "vocabulary", "loss_chunk": 200}, MeshConfig(data=2, context=2, tensor=2), 8 * 4 * 128),
+    ],
+)
+def test_logits_at_once_are_those_of_a_part(change, mesh, expected):
+    """Of [16, 8, 512]: 4 of a row's tokens, or 128 entries, the most up to 200 that divide V as a multiple of 128."""
+    model = dataclasses.replace(MODEL, vocab_size=512)
+    train = dataclasses.replace(WORK.train, batch_size=16, seq_len=8, **change)
+    assert memory.logits_at_once(model, train, 16, make_mesh(mesh), AxisRules()) == expected
+
+
 # The command line -----------------------------------------------------------------------------------------------------
 
 TINY = ["configs/tiny.py", "model.embed_dim=64", "model.kernels=plain", "--effort", "-1.0"]
