@@ -1,6 +1,7 @@
 """How tokens are chosen and when to stop: frozen records only. Imports no jax."""
 
 import dataclasses
+from typing import Literal
 
 from parallel.records import require
 
@@ -38,3 +39,23 @@ class GenerationConfig:
         require(self, "generation", "max_tokens", low=1)
         if "" in self.stop:
             raise ValueError('stop="" is empty and would end every answer at once; give a text or leave it out')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How many sequences an engine computes at once, and how large its KV cache is."""
+
+    max_rows: int = 32  # R, sequences computed at once; others wait
+    cache_tokens: int = 16384  # tokens that the KV cache holds, over all sequences
+    block_size: int = 32  # Z, tokens of a KV block, the unit that sequences own and share
+    chunk: int = 256  # prompt tokens that one step reads at most, beside a token of each running sequence
+    max_length: int = 0  # tokens of a sequence, its answer included; 0 is the model's context
+    kv_dtype: Literal["compute", "int8"] = "compute"  # of the KV cache; int8 keeps a scale per token and head
+    prefix_cache: bool = True  # prompts that begin alike share the blocks of their beginning
+    speculation: Literal["off", "ngram", "draft"] = "off"  # guess tokens ahead: from the text itself, or by a draft model
+    draft_length: int = 4  # W - 1, tokens guessed ahead at most; fewer where guesses fail
+
+    def __post_init__(self):
+        for name in ("max_rows", "cache_tokens", "block_size", "chunk", "draft_length"):
+            require(self, "engine", name, low=1)
+        require(self, "engine", "max_length", low=0)
