@@ -80,7 +80,7 @@ def parser() -> Parser:
 
 
 def add_fields(to: argparse.ArgumentParser, record: type) -> None:
-    """An option for each plain field of a record, with its comment; text fields may be given several times."""
+    """An option for each plain field of a record, with its comment; where it takes several values, it is repeated."""
     notes, hints = comments(record), typing.get_type_hints(record)
     for field in dataclasses.fields(record):
         flag, kind = f"--{field.name.replace('_', '-')}", hints[field.name]
@@ -91,7 +91,17 @@ def add_fields(to: argparse.ArgumentParser, record: type) -> None:
             to.add_argument(flag, type=kind, default=field.default, metavar="N" if kind is int else "X", help=note)
         else:
             note = f"{notes[field.name]}; may be repeated"
-            to.add_argument(flag, action="append", default=[], metavar="TEXT", help=note)
+            read, metavar = (token_bias, "TOKEN=X") if field.name == "logit_bias" else (str, "TEXT")
+            to.add_argument(flag, action="append", default=[], type=read, metavar=metavar, help=note)
+
+
+def token_bias(text: str) -> tuple[int, float]:
+    """What is added to one token's logit: `50=-100` -> (50, -100.0)."""
+    token, _, value = text.partition("=")
+    try:
+        return int(token), float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a token's id and a number, as 50=-100") from None
 
 
 def understand(arguments: Sequence[str]) -> Request:
@@ -99,6 +109,7 @@ def understand(arguments: Sequence[str]) -> Request:
     options = parser().parse_args(arguments)
     given = vars(options)
     sampling = {name: given[name] for name in to_dict(SamplingConfig()) if name in given}
+    sampling["logit_bias"] = tuple(given.get("logit_bias", ()))
     generation = {name: given[name] for name in ("max_tokens",) if name in given}
     if given.get("n", 1) < 1:
         raise ValueError(f"-n {options.n} must be at least 1; it counts the samples")

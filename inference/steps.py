@@ -16,7 +16,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from inference.sampling import Choice, Knobs, choose, logprobs_of
+from inference.sampling import Choice, Knobs, logprobs_of
+from inference.sampling import choose_rows as choose
 from model.config import ModelConfig
 from model.memory import CACHE_NAMES, Beginning, Dense, Queries, dense_cache, dense_grown, dense_rows
 from model.parameters import Parameters, decoder
