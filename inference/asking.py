@@ -103,7 +103,9 @@ def one_prompt(given: str | Sequence[int], served: Served, *, param: str) -> Pro
 
 def budget(asked: int | None, prompt: Prompt, served: Served, *, param: str, config: ServerConfig) -> int:
     """Tokens that an answer may have: as asked, or as many as there is room for."""
-    room, limit = served.max_length - len(prompt), config.max_tokens or served.max_length
+    room, limit = served.max_length - len(prompt), config.max_answer or served.max_length
+    if asked == 0 and room >= 0:
+        return 0
     if room < 1 or (asked is not None and asked > room):
         more = f" and {asked} for its answer" if asked else ""
         raise ApiError(
@@ -177,10 +179,10 @@ def as_json(schema: dict[str, Any] | str) -> str:
 
 def compiled(form: Grammar | None, tokenizer: Tokenizer, *, param: str = "structured_outputs") -> Constraint | None:
     """The form, ready to follow."""
-    from inference import constraint
-
     if form is None:
         return None
+    from inference import constraint
+
     try:
         return constraint.compile(form.kind, form.text, tokenizer)
     except ValueError as error:

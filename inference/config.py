@@ -75,9 +75,7 @@ class EngineConfig:
     max_length: int = 0  # tokens of a sequence, its answer included; 0 is the model's context
     kv_dtype: Literal["compute", "int8"] = "compute"  # of the KV cache; int8 keeps a scale per token and head
     prefix_cache: bool = True  # prompts that begin alike share the blocks of their beginning
-    speculation: Literal["off", "ngram", "draft"] = (
-        "off"  # guess tokens ahead: from the text itself, or by a draft model
-    )
+    speculation: Literal["off", "ngram", "draft"] = "off"  # guess tokens ahead, from the text or by a draft model
     draft_length: int = 4  # W - 1, tokens guessed ahead at most; fewer where guesses fail
 
     def __post_init__(self):
@@ -98,7 +96,7 @@ class ServerConfig:
     isolate_keys: bool = False  # cached prompts are shared only between requests of one key
     queue: int = 128  # requests that may wait, beside those computed at once; further ones are refused with 429
     max_n: int = 16  # answers to one prompt
-    max_tokens: int = 0  # of an answer; 0 is what the context has room for
+    max_answer: int = 0  # tokens of an answer; 0 is what the context has room for
     max_inputs: int = 128  # prompts, or texts to embed, of one request
     max_body: int = 4_194_304  # bytes of a request
     timeout: float = 600.0  # seconds that an answer may take, waiting included
@@ -108,7 +106,7 @@ class ServerConfig:
 
     def __post_init__(self):
         require(self, "server", "port", low=0, high=65535)
-        for name in ("queue", "max_tokens"):
+        for name in ("queue", "max_answer"):
             require(self, "server", name, low=0)
         for name in ("max_n", "max_inputs", "max_body", "buffer"):
             require(self, "server", name, low=1)

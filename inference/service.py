@@ -62,10 +62,11 @@ class TokenEngine(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reading:
-    """How slowly answers may be read."""
+    """How slowly answers may come, and be read."""
 
     buffer: int = 4096  # tokens that came and were not read, at most
     patience: float = 30.0  # seconds that tokens may lie there while nothing is read
+    timeout: float = 600.0  # seconds that an answer may take, waiting included
 
 
 class Full(Exception):
@@ -78,6 +79,10 @@ class Full(Exception):
 
 class Unavailable(Exception):
     """No request is taken or answered any more; the text says why."""
+
+
+class TimedOut(Exception):
+    """The answer took too long."""
 
 
 class CutOff(Exception):
@@ -99,6 +104,7 @@ class Stream:
         self._unread, self._since = 0, self.asked  # tokens that came and were not read, and since when none was
         self._failure: Exception | None = None
         self._something = asyncio.Event()
+        self._deadline = asyncio.get_running_loop().call_later(reading.timeout, self._expire)
 
     def __aiter__(self) -> "Stream":
         return self
@@ -125,9 +131,14 @@ class Stream:
     def close(self) -> None:
         """End all of them, whatever has come."""
         self.is_closed = True
+        self._deadline.cancel()
         self._buffer.clear()
         for index in list(self.open):
             self.stop(index)
+
+    def _expire(self) -> None:
+        self.fail(TimedOut(f"the answer took more than {self._reading.timeout:g} s"))
+        self.close()
 
     # What the service does.
 
@@ -194,7 +205,7 @@ class Service:
 
     def submit(self, requests: Sequence[Request]) -> Stream:
         """Answers to the requests, all or none of which are taken. Raises Full or Unavailable."""
-        self._check_room(len(requests))
+        self.check_room(len(requests))
         stream = Stream(self, requests, self._reading)
         self._keep(self._open, stream)
         for index, request in enumerate(requests):
@@ -203,7 +214,7 @@ class Service:
 
     async def call(self, function: Callable[[Any], Answer]) -> Answer:
         """What the function makes of the engine, between two steps."""
-        self._check_room(1)
+        self.check_room(1)
         future = self._loop.create_future()
         self._keep(self._calls, future)
         future.add_done_callback(lambda done: self._forget(self._calls, done))
@@ -238,7 +249,8 @@ class Service:
         self._commands.put(None)
         await asyncio.to_thread(self._thread.join, 60)
 
-    def _check_room(self, places: int) -> None:
+    def check_room(self, places: int) -> None:
+        """Raise Full or Unavailable where no more requests are taken."""
         if self.trouble:
             raise Unavailable(self.trouble)
         excess = self.num_open + places - self.capacity
