@@ -1,4 +1,4 @@
-"""Use a model: `infer.py generate|chat|score MODEL …`. The door: it reads the command line and shows what comes.
+"""Use a model: `infer.py generate|chat|score|serve MODEL …`. The door: it reads the command line and shows what comes.
 
 Nothing heavy is imported before the command line is understood, so `--help` and most errors answer at once.
 """
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from configs.help import comments
 from configs.overrides import override
-from inference.config import EngineConfig, GenerationConfig, SamplingConfig
+from inference.config import EngineConfig, GenerationConfig, SamplingConfig, ServerConfig
 from inference.location import KINDS, Location, locate
 from parallel.config import AxisRules, MeshConfig
 from parallel.records import to_dict
@@ -50,8 +50,8 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> Parser:
     """The command line's grammar. Options of answers are the fields of their records."""
-    top = Parser(prog="infer.py", description="Use a language model: continue a text, converse, or measure it.")
-    verbs = top.add_subparsers(dest="verb", required=True, metavar="generate|chat|score")
+    top = Parser(prog="infer.py", description="Use a language model: continue a text, converse, measure it, or serve it.")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="generate|chat|score|serve")
     common = Parser(add_help=False)
     common.add_argument("model", metavar="MODEL", help=KINDS)
     common.add_argument(
@@ -74,6 +74,9 @@ def parser() -> Parser:
         "--context", type=int, default=8192, metavar="N", help="tokens of a conversation, at most; default 8192"
     )
     chat.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
+    serve = verbs.add_parser("serve", parents=[common], help="answer many users at once, as OpenAI's API does")
+    for record in (EngineConfig, ServerConfig):
+        add_fields(serve, record)
     score = verbs.add_parser("score", parents=[common], help="measure how well the model predicts a text")
     score.add_argument("--file", required=True, type=pathlib.Path, metavar="TEXT", help="the text, UTF-8")
     score.add_argument("--window", type=int, metavar="N", help="tokens read at once; default the context, at most 2048")
@@ -92,6 +95,14 @@ def add_fields(to: argparse.ArgumentParser, record: type) -> None:
         if kind in (int, float):
             note = f"{notes[field.name]}; default {field.default}"
             to.add_argument(flag, type=kind, default=field.default, metavar="N" if kind is int else "X", help=note)
+        elif kind is str:
+            to.add_argument(flag, default=field.default, metavar="TEXT", help=notes[field.name])
+        elif kind is bool:
+            note = f"{notes[field.name]}; default {'yes' if field.default else 'no'}"
+            to.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=note)
+        elif typing.get_origin(kind) is typing.Literal:
+            note = f"{notes[field.name]}; default {field.default}"
+            to.add_argument(flag, choices=typing.get_args(kind), default=field.default, help=note)
         else:
             note = f"{notes[field.name]}; may be repeated"
             read, metavar = (token_bias, "TOKEN=X") if field.name == "logit_bias" else (str, "TEXT")
@@ -135,7 +146,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command line; the exit status is 0 when done, 2 after an error that the user can mend."""
     try:
         request = understand(arguments)
-        return {"generate": generate, "chat": chat, "score": score}[request.verb](request)
+        return {"generate": generate, "chat": chat, "score": score, "serve": serve}[request.verb](request)
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -239,6 +250,28 @@ def score(request: Request) -> int:
     )
     print(lines)
     return 0
+
+
+def serve(request: Request) -> int:
+    """Answer over HTTP till a signal comes."""
+    options, config = chosen(EngineConfig, request.options), chosen(ServerConfig, request.options)
+    from inference import listening, server
+
+    listening.check_free(config.host, config.port)
+    model = opened(request)
+    engine = started(model, request, options)
+    engine.warm_up(server.say)
+    name = pathlib.Path(request.options.model).name
+    return server.serve(engine, model.tokenizer, config, name=name, max_rows=options.max_rows)
+
+
+Record = typing.TypeVar("Record")
+
+
+def chosen(record: type[Record], options: argparse.Namespace) -> Record:
+    """The record as the options say."""
+    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(record)}  # pyright: ignore[reportArgumentType]
+    return record(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 def utf8(content: bytes, path: pathlib.Path) -> str:
