@@ -1,4 +1,4 @@
-"""Use a model: `infer.py generate|chat|score MODEL …`. The door: it reads the command line and shows what comes.
+"""Use a model: `infer.py generate|chat|score MODEL …`, `infer.py route URL …`. The door: reads the command line, shows.
 
 Nothing heavy is imported before the command line is understood, so `--help` and most errors answer at once.
 """
@@ -16,8 +16,10 @@ from collections.abc import Sequence
 
 from configs.help import comments
 from configs.overrides import override
+from inference.balancing import BalancingConfig
 from inference.config import GenerationConfig, SamplingConfig
 from inference.location import KINDS, Location, locate
+from inference.routing import RouterConfig, addresses
 from parallel.config import AxisRules, MeshConfig
 from parallel.records import to_dict
 
@@ -51,7 +53,7 @@ class Parser(argparse.ArgumentParser):
 def parser() -> Parser:
     """The command line's grammar. Options of answers are the fields of their records."""
     top = Parser(prog="infer.py", description="Use a language model: continue a text, converse, or measure it.")
-    verbs = top.add_subparsers(dest="verb", required=True, metavar="generate|chat|score")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="generate|chat|score|route")
     common = Parser(add_help=False)
     common.add_argument("model", metavar="MODEL", help=KINDS)
     common.add_argument(
@@ -76,6 +78,12 @@ def parser() -> Parser:
     score.add_argument("--window", type=int, metavar="N", help="tokens read at once; default the context, at most 2048")
     score.add_argument("--stride", type=int, metavar="N", help="tokens between windows; default half a window")
     score.add_argument("--json", action="store_true", help="print one JSON object")
+    route = verbs.add_parser("route", help="one address in front of several servers")
+    route.add_argument("replicas", nargs="+", metavar="URL", help="a server's address, as http://10.0.0.2:8000")
+    route.add_argument("--host", default="127.0.0.1", help="address to listen at; default 127.0.0.1, this machine only")
+    route.add_argument("--port", type=int, default=8080, metavar="N", help="port to listen at; default 8080")
+    for record in (RouterConfig, BalancingConfig):
+        add_fields(route, record)
     return top
 
 
@@ -118,6 +126,8 @@ def understand(arguments: Sequence[str]) -> Request:
 def main(arguments: Sequence[str]) -> int:
     """Run the command line; the exit status is 0 when done, 2 after an error that the user can mend."""
     try:
+        if arguments and arguments[0] == "route":
+            return route(parser().parse_args(arguments))
         request = understand(arguments)
         return {"generate": generate, "chat": chat, "score": score}[request.verb](request)
     except BrokenPipeError:  # whoever read our output has seen enough
@@ -217,6 +227,22 @@ def score(request: Request) -> int:
         json.dumps(result) if options.json else "\n".join(f"{name:<13} {value:.7g}" for name, value in result.items())
     )
     print(lines)
+    return 0
+
+
+def route(options: argparse.Namespace) -> int:
+    """Stand in front of servers till SIGTERM. The admin key comes from the environment, where `ps` does not show it."""
+    from inference import router
+
+    given, replicas = vars(options), addresses(options.replicas)
+    config = RouterConfig(**{field.name: given[field.name] for field in dataclasses.fields(RouterConfig)})
+    balancing = BalancingConfig(**{field.name: given[field.name] for field in dataclasses.fields(BalancingConfig)})
+    listener = router.listener(options.host, options.port)
+    host, port = listener.getsockname()[:2]
+    key = os.environ.get("MESHLIGHT_ADMIN_KEY") or None
+    front = router.Router(replicas, config, balancing, admin_key=key, say=lambda line: print(line, file=sys.stderr))
+    print(f"routing http://{f'[{host}]' if ':' in host else host}:{port} to {len(replicas)} replicas", flush=True)
+    router.serve(front, listener)
     return 0
 
 

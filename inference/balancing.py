@@ -1,7 +1,7 @@
 """Which of several replicas answers a request: prompts that begin alike go to the same one. Knows no network, no clock.
 
-A request has a key (how its prompt begins), and each key ranks the replicas by a hash of both (rendezvous hashing): when
-a replica leaves, only its own keys move; when one joins, keys move only to it. The first in the rank answers, since its
+A request has a key (how its prompt begins), and each key ranks the replicas by a hash of both (rendezvous hashing): as
+a replica leaves, only its own keys move; as one joins, keys move only to it. The first in the rank answers, since its
 cache has the beginning, unless that would give it more than its share of what runs: then the least busy one does.
 """
 
@@ -83,9 +83,7 @@ class Balancer:
 
     def any_up(self, *, without: Collection[str] = ()) -> bool:
         """Whether a replica that is not among `without` takes requests, be it full or not."""
-        return any(
-            replica.condition == "up" and replica.name not in without for replica in self.replicas.values()
-        )
+        return any(replica.condition == "up" and replica.name not in without for replica in self.replicas.values())
 
     def _is_able(self, replica: Replica, without: Collection[str]) -> bool:
         is_free = replica.running < self.config.max_running
