@@ -5,12 +5,17 @@ from typing import Literal
 
 from parallel.records import require
 
+MAX_BIASED = 300  # tokens of a logit bias, as in OpenAI's API
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     """How the next token is chosen. The steps are taken in the order of the fields, as in `transformers`."""
 
+    logit_bias: tuple[tuple[int, float], ...] = ()  # what is added to the logits of some tokens, by their ids
     repetition_penalty: float = 1.0  # logits of tokens already there: divided by it if positive, else multiplied
+    frequency_penalty: float = 0.0  # taken off a token's logit for each time the answer has it
+    presence_penalty: float = 0.0  # taken off a token's logit if the answer has it
     temperature: float = 0.8  # logits are divided by it; 0 takes the likeliest token
     top_k: int = 0  # only this many of the likeliest tokens; 0 is all
     top_p: float = 0.95  # only the likeliest tokens that together reach this probability; 1 is all
@@ -18,13 +23,31 @@ class SamplingConfig:
     seed: int = 0  # the draw depends on it, on the place in the answer and on the probabilities alone
 
     def __post_init__(self):
+        check_bias(self.logit_bias)
         require(self, "sampling", "repetition_penalty", low=0.01, high=100)
+        require(self, "sampling", "frequency_penalty", low=-2, high=2)
+        require(self, "sampling", "presence_penalty", low=-2, high=2)
         require(self, "sampling", "temperature", low=0, high=100)
         require(self, "sampling", "top_k", low=0, high=2**24)
         require(self, "sampling", "min_p", low=0, high=1)
         require(self, "sampling", "seed", low=0, high=2**32 - 1)
         if not 0 < self.top_p <= 1:
             raise ValueError(f"sampling.top_p={self.top_p} must be above 0 and at most 1; 1 keeps every token")
+
+
+def check_bias(bias: tuple[tuple[int, float], ...]) -> None:
+    """ValueError where a bias is none that OpenAI's API takes."""
+    if len(bias) > MAX_BIASED:
+        raise ValueError(
+            f"sampling.logit_bias names {len(bias)} tokens, {MAX_BIASED} at most; leave the least needed out"
+        )
+    if len({token for token, _ in bias}) < len(bias):
+        raise ValueError("sampling.logit_bias names a token twice; give each at most once")
+    for token, value in bias:
+        if token < 0:
+            raise ValueError(f"sampling.logit_bias names token {token}; ids begin at 0")
+        if not -100 <= value <= 100:
+            raise ValueError(f"sampling.logit_bias adds {value} to token {token}; it must be between -100 and 100")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +75,9 @@ class EngineConfig:
     max_length: int = 0  # tokens of a sequence, its answer included; 0 is the model's context
     kv_dtype: Literal["compute", "int8"] = "compute"  # of the KV cache; int8 keeps a scale per token and head
     prefix_cache: bool = True  # prompts that begin alike share the blocks of their beginning
-    speculation: Literal["off", "ngram", "draft"] = "off"  # guess tokens ahead: from the text itself, or by a draft model
+    speculation: Literal["off", "ngram", "draft"] = (
+        "off"  # guess tokens ahead: from the text itself, or by a draft model
+    )
     draft_length: int = 4  # W - 1, tokens guessed ahead at most; fewer where guesses fail
 
     def __post_init__(self):

@@ -180,6 +180,8 @@ def test_help_and_refusals_need_no_jax():
         "generate smollm2 x --tempreture 1": "unrecognized arguments: --tempreture 1",
         "generate smollm2 x --temperature -1": "sampling.temperature=-1.0 must be between 0 and 100",
         "generate smollm2 x --top-k a": "argument --top-k: invalid int value: 'a'",
+        "generate smollm2 x --logit-bias 5": "argument --logit-bias: '5' is not a token's id and a number, as 50=-100",
+        "generate smollm2 x --logit-bias 5=200": "sampling.logit_bias adds 200.0 to token 5",
         "generate smollm2 x --max-tokens 0": "generation.max_tokens=0 must be at least 1",
         "generate smollm2 x -n 0": "-n 0 must be at least 1",
         "generate smollm2 x --mesh tensr=2": "unknown key tensr .*; did you mean tensor?",
