@@ -1,4 +1,4 @@
-"""Use a model: `infer.py generate|chat|score MODEL …`, `infer.py route URL …`. The door: reads the command line, shows.
+"""Use a model: `infer.py generate|chat|score|serve MODEL …`, or stand before servers: `infer.py route URL …`. The door.
 
 Nothing heavy is imported before the command line is understood, so `--help` and most errors answer at once.
 """
@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from configs.help import comments
 from configs.overrides import override
 from inference.balancing import BalancingConfig
-from inference.config import EngineConfig, GenerationConfig, SamplingConfig
+from inference.config import EngineConfig, GenerationConfig, SamplingConfig, ServerConfig
+from inference.disaggregation import DisaggregationConfig
 from inference.location import KINDS, Location, locate
 from inference.routing import RouterConfig, addresses
 from parallel.config import AxisRules, MeshConfig
@@ -52,8 +53,8 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> Parser:
     """The command line's grammar. Options of answers are the fields of their records."""
-    top = Parser(prog="infer.py", description="Use a language model: continue a text, converse, or measure it.")
-    verbs = top.add_subparsers(dest="verb", required=True, metavar="generate|chat|score|route")
+    top = Parser(prog="infer.py", description="Use a language model: continue a text, converse, measure it, or serve it.")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="generate|chat|score|serve|route")
     common = Parser(add_help=False)
     common.add_argument("model", metavar="MODEL", help=KINDS)
     common.add_argument(
@@ -76,6 +77,9 @@ def parser() -> Parser:
         "--context", type=int, default=8192, metavar="N", help="tokens of a conversation, at most; default 8192"
     )
     chat.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
+    serve = verbs.add_parser("serve", parents=[common], help="answer many users at once, as OpenAI's API does")
+    for record in (EngineConfig, ServerConfig, DisaggregationConfig):
+        add_fields(serve, record)
     score = verbs.add_parser("score", parents=[common], help="measure how well the model predicts a text")
     score.add_argument("--file", required=True, type=pathlib.Path, metavar="TEXT", help="the text, UTF-8")
     score.add_argument("--window", type=int, metavar="N", help="tokens read at once; default the context, at most 2048")
@@ -100,6 +104,14 @@ def add_fields(to: argparse.ArgumentParser, record: type) -> None:
         if kind in (int, float):
             note = f"{notes[field.name]}; default {field.default}"
             to.add_argument(flag, type=kind, default=field.default, metavar="N" if kind is int else "X", help=note)
+        elif kind is str:
+            to.add_argument(flag, default=field.default, metavar="TEXT", help=notes[field.name])
+        elif kind is bool:
+            note = f"{notes[field.name]}; default {'yes' if field.default else 'no'}"
+            to.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=note)
+        elif typing.get_origin(kind) is typing.Literal:
+            note = f"{notes[field.name]}; default {field.default}"
+            to.add_argument(flag, choices=typing.get_args(kind), default=field.default, help=note)
         else:
             note = f"{notes[field.name]}; may be repeated"
             read, metavar = (token_bias, "TOKEN=X") if field.name == "logit_bias" else (str, "TEXT")
@@ -145,7 +157,7 @@ def main(arguments: Sequence[str]) -> int:
         if arguments and arguments[0] == "route":
             return route(parser().parse_args(arguments))
         request = understand(arguments)
-        return {"generate": generate, "chat": chat, "score": score}[request.verb](request)
+        return {"generate": generate, "chat": chat, "score": score, "serve": serve}[request.verb](request)
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -253,18 +265,37 @@ def score(request: Request) -> int:
 
 def route(options: argparse.Namespace) -> int:
     """Stand in front of servers till SIGTERM. The admin key comes from the environment, where `ps` does not show it."""
-    from inference import router
+    config, balancing = chosen(RouterConfig, options), chosen(BalancingConfig, options)
+    replicas, key = addresses(options.replicas), os.environ.get("MESHLIGHT_ADMIN_KEY") or None
+    from inference import listening, router
 
-    given, replicas = vars(options), addresses(options.replicas)
-    config = RouterConfig(**{field.name: given[field.name] for field in dataclasses.fields(RouterConfig)})
-    balancing = BalancingConfig(**{field.name: given[field.name] for field in dataclasses.fields(BalancingConfig)})
-    listener = router.listener(options.host, options.port)
-    host, port = listener.getsockname()[:2]
-    key = os.environ.get("MESHLIGHT_ADMIN_KEY") or None
-    front = router.Router(replicas, config, balancing, admin_key=key, say=lambda line: print(line, file=sys.stderr))
-    print(f"routing http://{f'[{host}]' if ':' in host else host}:{port} to {len(replicas)} replicas", flush=True)
-    router.serve(front, listener)
-    return 0
+    bound = listening.listening_socket(options.host, options.port)
+    return router.serve(router.Router(replicas, config, balancing, admin_key=key, say=router.say), bound)
+
+
+def serve(request: Request) -> int:
+    """Answer over HTTP till a signal comes."""
+    options, config = chosen(EngineConfig, request.options), chosen(ServerConfig, request.options)
+    shared = chosen(DisaggregationConfig, request.options)
+    secret = shared.secret(os.environ, options)
+    from inference import listening, server
+
+    listening.check_free(config.host, config.port)
+    model = opened(request)
+    engine = started(model, request, options)
+    engine.warm_up(server.say)
+    exchange = server.exchange(engine, shared, secret=secret) if secret else None
+    name = pathlib.Path(request.options.model).name
+    return server.serve(engine, model.tokenizer, config, name=name, max_rows=options.max_rows, exchange=exchange)
+
+
+Record = typing.TypeVar("Record")
+
+
+def chosen(record: type[Record], options: argparse.Namespace) -> Record:
+    """The record as the options say."""
+    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(record)}  # pyright: ignore[reportArgumentType]
+    return record(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 def utf8(content: bytes, path: pathlib.Path) -> str:

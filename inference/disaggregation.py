@@ -9,17 +9,22 @@ it instead, but what it computed, the keys and values of every token, then has t
 
 import dataclasses
 import math
+import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
+from inference.config import EngineConfig
 from parallel.records import require
 
+SECRET, SHORTEST = "MESHLIGHT_PREFILL_SECRET", 16  # a variable of the environment, and characters in it at least
 WEIGHT = 0.3  # of what was seen last, in a rate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DisaggregationConfig:
-    """Which prompts a decode server gives away."""
+    """Which prompts a decode server gives away, and to whom."""
 
+    prefill_from: str = ""  # address of a server that computes long prompts for this one
     min_away: int = 64  # tokens of a prompt that the cache lacks, fewer of which are always computed here
     slowdown: float = 2.0  # so many times as long as here a prompt may take there while other answers run here
     at_once: int = 8  # prompts away at the same time; further ones are computed here
@@ -28,6 +33,19 @@ class DisaggregationConfig:
         require(self, "disaggregation", "min_away", low=1)
         require(self, "disaggregation", "slowdown", low=1, high=1000)
         require(self, "disaggregation", "at_once", low=1, high=4096)
+        if self.prefill_from and not re.fullmatch(r"https?://[^/?#@]+", self.prefill_from):
+            raise ValueError(f"prefill_from={self.prefill_from} is no address of a server; give it as http://HOST:PORT")
+
+    def secret(self, environment: Mapping[str, str], engine: EngineConfig) -> str:
+        """What both servers know, from the environment; empty where this one has nothing to do with another."""
+        secret = environment.get(SECRET, "")
+        if self.prefill_from and not secret:
+            raise ValueError(f"--prefill-from needs the secret of both servers in the variable {SECRET}")
+        if secret and len(secret) < SHORTEST:
+            raise ValueError(f"the secret in {SECRET} has {len(secret)} characters; it needs at least {SHORTEST}")
+        if secret and not engine.prefix_cache:
+            raise ValueError(f"KV blocks are handed over through the prefix cache; leave out --no-prefix-cache or {SECRET}")
+        return secret
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,14 +9,13 @@ import contextlib
 import dataclasses
 import hmac
 import json
-import signal
 import socket
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
 import httpx
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
@@ -25,6 +24,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from inference.balancing import Balancer, BalancingConfig, beginning
 from inference.event_stream import Events, event
+from inference.listening import listen
 from inference.router_counts import RouterCounts
 from inference.routing import RouterConfig
 
@@ -434,25 +434,18 @@ class Router:
         return None
 
 
-def app(router: Router, *, on_start: Callable[[], None] = lambda: None) -> Starlette:
+def app(router: Router) -> Starlette:
     """All paths of a router."""
-
-    @contextlib.asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        async with router.looking_after():
-            on_start()
-            yield
-
+    methods = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
     return Starlette(
         routes=[
-            Route("/v1/{rest:path}", Forwarding(router), methods=["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]),
+            Route("/v1/{rest:path}", Forwarding(router), methods=methods),
             Route("/health", router.health),
             Route("/metrics", router.metrics),
             Route("/admin/replicas", router.replicas),
             Route("/admin/drain", router.drain_replica, methods=["POST"]),
             Route("/admin/resume", router.resume_replica, methods=["POST"]),
-        ],
-        lifespan=lifespan,
+        ]
     )
 
 
@@ -467,40 +460,23 @@ class Forwarding:
         await self._router.forward(scope, receive, send)
 
 
-def listener(host: str, port: int) -> socket.socket:
-    """A socket that listens there; OSError in words where it cannot."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=1024)
-    except (OSError, OverflowError) as error:
-        raise OSError(f"cannot listen at {host}:{port}: {error}; give another --host or --port") from error
+def serve(router: Router, bound: socket.socket) -> int:
+    """Answer at the socket till SIGTERM or SIGINT; what runs then may end. -> exit status."""
+    asyncio.run(_serve(router, bound))
+    return 0
 
 
-def serve(router: Router, listener: socket.socket) -> None:
-    """Answer at the listener until SIGTERM or SIGINT; what runs then may end."""
-    asyncio.run(_serve(router, listener))
+async def _serve(router: Router, bound: socket.socket) -> None:
+    host, port, *_ = bound.getsockname()
+    at = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    async with router.looking_after():
+        print(f"{at} stands before {len(router.balancer.replicas)} replicas", flush=True)
+        await listen(app(router), bound, drain=router.drain, patience=router.config.stall, say=say)
 
 
-async def _serve(router: Router, listener: socket.socket) -> None:
-    loop, ending = asyncio.get_running_loop(), asyncio.Event()
-
-    def on_start() -> None:
-        """After uvicorn, whose handlers would close the listener at once."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, ending.set)
-
-    config = uvicorn.Config(
-        app(router, on_start=on_start), log_level="warning", access_log=False, server_header=False, date_header=False,
-        timeout_graceful_shutdown=5,
-    )  # fmt: skip
-    server = uvicorn.Server(config)
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
-    asked = asyncio.create_task(ending.wait())
-    await asyncio.wait({serving, asked}, return_when=asyncio.FIRST_COMPLETED)
-    asked.cancel()
-    await router.drain()
-    server.should_exit = True
-    await serving
+def say(line: str) -> None:
+    """Tell whoever runs the router."""
+    print(line, file=sys.stderr, flush=True)
 
 
 # Bytes and headers.
