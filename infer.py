@@ -1,4 +1,4 @@
-"""Use a model: `infer.py generate|chat|score|serve MODEL …`. The door: it reads the command line and shows what comes.
+"""Use a model: `infer.py generate|chat|score|serve MODEL …`, or stand before servers: `infer.py route URL …`. The door.
 
 Nothing heavy is imported before the command line is understood, so `--help` and most errors answer at once.
 """
@@ -16,8 +16,11 @@ from collections.abc import Sequence
 
 from configs.help import comments
 from configs.overrides import override
+from inference.balancing import BalancingConfig
 from inference.config import EngineConfig, GenerationConfig, SamplingConfig, ServerConfig
+from inference.disaggregation import DisaggregationConfig
 from inference.location import KINDS, Location, locate
+from inference.routing import RouterConfig, addresses
 from parallel.config import AxisRules, MeshConfig
 from parallel.records import to_dict
 
@@ -51,7 +54,7 @@ class Parser(argparse.ArgumentParser):
 def parser() -> Parser:
     """The command line's grammar. Options of answers are the fields of their records."""
     top = Parser(prog="infer.py", description="Use a language model: continue a text, converse, measure it, or serve it.")
-    verbs = top.add_subparsers(dest="verb", required=True, metavar="generate|chat|score|serve")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="generate|chat|score|serve|route")
     common = Parser(add_help=False)
     common.add_argument("model", metavar="MODEL", help=KINDS)
     common.add_argument(
@@ -75,13 +78,19 @@ def parser() -> Parser:
     )
     chat.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
     serve = verbs.add_parser("serve", parents=[common], help="answer many users at once, as OpenAI's API does")
-    for record in (EngineConfig, ServerConfig):
+    for record in (EngineConfig, ServerConfig, DisaggregationConfig):
         add_fields(serve, record)
     score = verbs.add_parser("score", parents=[common], help="measure how well the model predicts a text")
     score.add_argument("--file", required=True, type=pathlib.Path, metavar="TEXT", help="the text, UTF-8")
     score.add_argument("--window", type=int, metavar="N", help="tokens read at once; default the context, at most 2048")
     score.add_argument("--stride", type=int, metavar="N", help="tokens between windows; default half a window")
     score.add_argument("--json", action="store_true", help="print one JSON object")
+    route = verbs.add_parser("route", help="one address in front of several servers")
+    route.add_argument("replicas", nargs="+", metavar="URL", help="a server's address, as http://10.0.0.2:8000")
+    route.add_argument("--host", default="127.0.0.1", help="address to listen at; default 127.0.0.1, this machine only")
+    route.add_argument("--port", type=int, default=8080, metavar="N", help="port to listen at; default 8080")
+    for record in (RouterConfig, BalancingConfig):
+        add_fields(route, record)
     return top
 
 
@@ -145,6 +154,8 @@ def understand(arguments: Sequence[str]) -> Request:
 def main(arguments: Sequence[str]) -> int:
     """Run the command line; the exit status is 0 when done, 2 after an error that the user can mend."""
     try:
+        if arguments and arguments[0] == "route":
+            return route(parser().parse_args(arguments))
         request = understand(arguments)
         return {"generate": generate, "chat": chat, "score": score, "serve": serve}[request.verb](request)
     except BrokenPipeError:  # whoever read our output has seen enough
@@ -252,17 +263,30 @@ def score(request: Request) -> int:
     return 0
 
 
+def route(options: argparse.Namespace) -> int:
+    """Stand in front of servers till SIGTERM. The admin key comes from the environment, where `ps` does not show it."""
+    config, balancing = chosen(RouterConfig, options), chosen(BalancingConfig, options)
+    replicas, key = addresses(options.replicas), os.environ.get("MESHLIGHT_ADMIN_KEY") or None
+    from inference import listening, router
+
+    bound = listening.listening_socket(options.host, options.port)
+    return router.serve(router.Router(replicas, config, balancing, admin_key=key, say=router.say), bound)
+
+
 def serve(request: Request) -> int:
     """Answer over HTTP till a signal comes."""
     options, config = chosen(EngineConfig, request.options), chosen(ServerConfig, request.options)
+    shared = chosen(DisaggregationConfig, request.options)
+    secret = shared.secret(os.environ, options)
     from inference import listening, server
 
     listening.check_free(config.host, config.port)
     model = opened(request)
     engine = started(model, request, options)
     engine.warm_up(server.say)
+    exchange = server.exchange(engine, shared, secret=secret) if secret else None
     name = pathlib.Path(request.options.model).name
-    return server.serve(engine, model.tokenizer, config, name=name, max_rows=options.max_rows)
+    return server.serve(engine, model.tokenizer, config, name=name, max_rows=options.max_rows, exchange=exchange)
 
 
 Record = typing.TypeVar("Record")
