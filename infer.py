@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from configs.help import comments
 from configs.overrides import override
-from inference.config import GenerationConfig, SamplingConfig
+from inference.config import EngineConfig, GenerationConfig, SamplingConfig
 from inference.location import KINDS, Location, locate
 from parallel.config import AxisRules, MeshConfig
 from parallel.records import to_dict
@@ -70,6 +70,9 @@ def parser() -> Parser:
     )
     generate.add_argument("--json", action="store_true", help="print one JSON object at the end instead of the text")
     chat = verbs.add_parser("chat", parents=[answers], help="converse, with memory between turns")
+    chat.add_argument(
+        "--context", type=int, default=8192, metavar="N", help="tokens of a conversation, at most; default 8192"
+    )
     chat.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
     score = verbs.add_parser("score", parents=[common], help="measure how well the model predicts a text")
     score.add_argument("--file", required=True, type=pathlib.Path, metavar="TEXT", help="the text, UTF-8")
@@ -113,6 +116,8 @@ def understand(arguments: Sequence[str]) -> Request:
     generation = {name: given[name] for name in ("max_tokens",) if name in given}
     if given.get("n", 1) < 1:
         raise ValueError(f"-n {options.n} must be at least 1; it counts the samples")
+    if given.get("context", 2) < 2:
+        raise ValueError(f"--context {options.context} must be at least 2: a prompt and an answer of one token")
     if options.verb == "score" and not options.file.is_file():
         raise ValueError(f"--file {options.file} is no file; give the text to measure")
     return Request(
@@ -152,7 +157,9 @@ def generate(request: Request) -> int:
     text = sys.stdin.read() if options.prompt == "-" else options.prompt
     tokens = generate.text_tokens(text, model.tokenizer)
     prompt = generate.check_room(tokens, max_length=model.config.max_length)
-    engine = started(model, request)
+    room = min(len(prompt) + request.generation.max_tokens, model.config.max_length)
+    cache_tokens = generate.cache_for([room] * options.n)
+    engine = started(model, request, EngineConfig(max_rows=options.n, cache_tokens=cache_tokens))
     clock.lap("load")
     answers = [generate.Answer(prompt, model.tokenizer, request.generation.stop) for _ in range(options.n)]
     for pieces in generate.generate(engine, model.tokenizer, answers, request.generation):
@@ -160,12 +167,13 @@ def generate(request: Request) -> int:
         if not options.json:
             sys.stdout.write(pieces[0])
             sys.stdout.flush()
-    timings = clock.timings(engine.num_read, sum(len(answer.tokens) - 1 for answer in answers))
+    num_read = engine.stats().prompt_tokens - engine.stats().cached_tokens
+    timings = clock.timings(num_read, sum(len(answer.tokens) - 1 for answer in answers))
     if options.json:
         print(as_json(answers, [None, *engine.logprobs([prompt])[0]], timings))
     else:
         print("", *(answer.text for answer in answers[1:]), sep="\n", flush=True)
-        print(summary(answers, engine.num_read, timings), file=sys.stderr)
+        print(summary(answers, num_read, timings), file=sys.stderr)
     return 0
 
 
@@ -195,12 +203,14 @@ def summary(answers: "Sequence[Answer]", num_read: int, timings: dict[str, float
 
 def chat(request: Request) -> int:
     """Converse till the input ends."""
+    from inference import generate
     from inference.conversation import Conversation, required_template
     from inference.terminal import COMMANDS, converse
 
     model = opened(request)
     tokenizer, template = required_template(model.tokenizer)
-    engine = started(model, request)
+    room = min(request.options.context, model.config.max_length)
+    engine = started(model, request, EngineConfig(max_rows=1, cache_tokens=generate.cache_for([room]), max_length=room))
     conversation = Conversation(engine, tokenizer, template, request.generation, system=request.options.system)
     at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if at_terminal:
@@ -221,7 +231,7 @@ def score(request: Request) -> int:
     content = options.file.read_bytes()
     tokens = text_tokens(utf8(content, options.file), model.tokenizer)
     result = score(
-        started(model, request), tokens, num_bytes=len(content), window=options.window, stride=options.stride,
+        started(model, request, EngineConfig(max_rows=1, cache_tokens=1)), tokens, num_bytes=len(content), window=options.window, stride=options.stride,
         watch=lambda batches: tqdm(batches, disable=None, unit="batch", leave=False),
     )._asdict()  # fmt: skip
     lines = (
@@ -253,7 +263,7 @@ def opened(request: Request) -> "Model":
     return open_model(request.location, dtype=request.options.dtype)
 
 
-def started(model: "Model", request: Request) -> "Engine":
+def started(model: "Model", request: Request, options: EngineConfig) -> "Engine":
     """An engine with the model's weights on the mesh."""
     import jax
 
@@ -264,7 +274,7 @@ def started(model: "Model", request: Request) -> "Engine":
     sizes, devices, rules = request.mesh.axes.values(), jax.devices(), AxisRules()
     mesh = make_mesh(request.mesh, devices if -1 in sizes else devices[: math.prod(sizes)])
     config, parameters = serving_parameters(model.config, model.load(mesh, rules), mesh)
-    return Engine(config, parameters, mesh, rules, num_tokens=model.tokenizer.vocab_size)
+    return Engine(config, parameters, mesh, rules, num_tokens=model.tokenizer.vocab_size, options=options)
 
 
 @dataclasses.dataclass

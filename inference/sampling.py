@@ -371,18 +371,3 @@ def ordered(x: Float[Array, "O V"]) -> UInt[Array, "O V"]:
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     sign = jnp.uint32(0x80000000)
     return jnp.where((bits & sign) != 0, ~bits, bits | sign)
-
-
-def knobs(rows: Sequence[SamplingConfig]) -> Knobs:
-    """The rows' settings as arrays: what the dense engine calls, until the paged one takes its place."""
-    return jax.tree.map(lambda *values: jnp.stack(values), *map(knobs_of, rows))
-
-
-def choose_rows(
-    logits: Float[Array, "B V"], seen: Bool[Array, "B V"], index: Int[Array, "B"], knobs: Knobs, *, num_tokens: int
-) -> Choice:
-    """Choose for rows without slots: what the dense engine calls, until the paged one takes its place."""
-    B, V = logits.shape
-    none = empty_slots(B - 1, V)
-    slots = none._replace(prompted=seen, knobs=knobs)
-    return choose(logits, slots, jnp.arange(B), index, num_tokens=num_tokens)
