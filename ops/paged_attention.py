@@ -121,7 +121,9 @@ def _rectangle(q: Float[Array, "B K Q H"], k: Blocks, v: Blocks, rows: Ragged, w
         ),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=VMEM_BYTES,
+            disable_bounds_checks=True,  # they are most of what a copy costs; tables are the allocator's
         ),
         cost_estimate=_cost(q, pools, slots=B * M * Z),
         name="paged_attention",
@@ -162,7 +164,7 @@ def _kernel(*refs, width: int, heads: int, scale: float, softcap: float | None):
 
     @pl.when(pl.program_id(1) == 0)
     def start_the_first():
-        _start(plan, refs, jnp.where(plan.lengths[row] > 0, row, plan.after[row]), None)
+        _start(plan, refs, jnp.where(plan.lengths[row] > 0, row, plan.after[row]), -1)
 
     def stretch(i, _):
         _start(plan, refs, jnp.where(i + 1 == end, plan.after[row], row), jnp.where(i + 1 == end, -1, i + 1))
@@ -190,10 +192,9 @@ def _meet(refs: _Refs, turn, mask: _Mask | None, h, *, scale: float, softcap: fl
     k_scales, v_scales = [x[h] for x in refs.scales] or (None, None)
     logits = _dot(refs.q[0, h], refs.buffers[0][turn, h], (2, 2))
     logits = logits if k_scales is None else logits * k_scales
-    if softcap is None:
-        logits = logits * (scale * LOG2_E)
-    else:
-        logits = jnp.tanh(logits * (scale / softcap)) * (softcap * LOG2_E)
+    if softcap is not None:
+        logits = jnp.tanh(logits * (scale / softcap)) * (softcap / scale)
+    logits = logits * (scale * LOG2_E)
     logits = logits if mask is None else jnp.where(mask.pairs, logits, HIDDEN)
     before, top = refs.top[h], jnp.maximum(refs.top[h], jnp.max(logits, axis=-1, keepdims=True))
     weights, fade = jnp.exp2(logits - top), jnp.exp2(before - top)
@@ -243,38 +244,55 @@ def _blocks(refs: _Refs) -> int:
 
 
 def _start(plan: _Plan, refs: _Refs, row, i):
-    """Begin to copy stretch `i` of a row, or its first where i is None or -1, if there is such a row."""
+    """Begin to copy stretch `i` of a row, or its first where i is -1, if there is such a row."""
     (num_rows,) = plan.first.shape
 
     @pl.when(row < num_rows)
     def start():
         first, _ = _stretches(plan, refs, row)
-        _for_blocks(plan, refs, row, first if i is None else jnp.where(i < 0, first, i), lambda copy: copy.start())
+        _for_blocks(plan, refs, row, jnp.where(i < 0, first, i), lambda copy: copy.start())
 
 
 def _wait(plan: _Plan, refs: _Refs, row, i):
     """-> the turn of a stretch, when it is there."""
-    _for_blocks(plan, refs, row, i, lambda copy: copy.wait())
-    return _turn(plan, refs, row, i)
+    turn, (begin, end), blocks = _turn(plan, refs, row, i), _part(plan, refs, row, i), _blocks(refs)
+
+    @pl.when(end - begin == blocks)
+    def wait_for_all():  # as one copy of the same number of bytes
+        for buffer in refs.buffers:
+            pltpu.make_async_copy(buffer.at[turn], buffer.at[turn], refs.semaphores.at[turn]).wait()
+
+    @pl.when(end - begin < blocks)
+    def wait_for_each():
+        _for_blocks(plan, refs, row, i, lambda copy: copy.wait())
+
+    return turn
 
 
 def _turn(plan: _Plan, refs: _Refs, row, i):
+    """Which buffer a stretch comes to."""
     return (plan.before[row] + i - _stretches(plan, refs, row)[0]) % 2
+
+
+def _part(plan: _Plan, refs: _Refs, row, i):
+    """The blocks of a stretch that the row sees: the first, and one after the last."""
+    blocks = _blocks(refs)
+    return jnp.maximum(plan.first[row], i * blocks), jnp.minimum(plan.end[row], (i + 1) * blocks)
 
 
 def _for_blocks(plan: _Plan, refs: _Refs, row, i, do):
     """`do` with each copy of a stretch."""
     (entries,), (num_rows,), (*_, Z, _) = plan.tables.shape, plan.first.shape, refs.pools[0].shape
-    blocks, turn = _blocks(refs), _turn(plan, refs, row, i)
-    begin = jnp.maximum(plan.first[row], i * blocks)
+    table, place, turn = row * (entries // num_rows), i * _blocks(refs), _turn(plan, refs, row, i)
 
     def block(j, _):
-        index, place = plan.tables[row * (entries // num_rows) + j], j - i * blocks
+        index = plan.tables[table + j]
         for pool, buffer in zip(refs.pools, refs.buffers, strict=True):
-            to = buffer.at[turn, place] if len(pool.shape) == 3 else buffer.at[turn, :, pl.ds(place * Z, Z)]
+            is_scale = len(pool.shape) == 3
+            to = buffer.at[turn, j - place] if is_scale else buffer.at[turn, :, pl.ds((j - place) * Z, Z)]
             do(pltpu.make_async_copy(pool.at[index], to, refs.semaphores.at[turn]))
 
-    jax.lax.fori_loop(begin, jnp.minimum(plan.end[row], (i + 1) * blocks), block, None)
+    jax.lax.fori_loop(*_part(plan, refs, row, i), block, None)
 
 
 def _split(refs) -> tuple[_Plan, _Refs]:
