@@ -97,6 +97,7 @@ def attend(
 def _rectangle(q: Float[Array, "B K Q H"], k: Blocks, v: Blocks, rows: Ragged, window, *, width, interpret, **knobs):
     """Rows of the same number of queries; Q are those of all heads of a group."""
     (B, K, Q, H), (*_, Z, _), (_, M) = q.shape, k.values.shape, rows.tables.shape
+    heads = math.gcd(K, max(1, ROWS_AT_ONCE // Q))
     fitting = COPIED_BYTES // (K * max(H, 128) * k.values.dtype.itemsize)
     blocks, cores = min(M, max(1, min(SLOTS, fitting) // Z)), CORES if B % CORES == 0 else 1
     plan = _plan(rows, window, Z=Z, blocks=blocks, cores=cores)
@@ -105,7 +106,7 @@ def _rectangle(q: Float[Array, "B K Q H"], k: Blocks, v: Blocks, rows: Ragged, w
     pools = [x for x in (k.values, v.values, k.scales, v.scales) if x is not None]
     spec = pl.BlockSpec((1, K, padded, H), lambda core, i, *_: (core * (B // cores) + i, 0, 0, 0))
     out = pl.pallas_call(
-        functools.partial(_kernel, width=width, heads=math.gcd(K, max(1, ROWS_AT_ONCE // padded)), **knobs),
+        functools.partial(_kernel, width=width, group=Q // width, heads=heads, **knobs),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(plan),
             grid=(cores, B // cores),
@@ -153,7 +154,7 @@ def _plan(rows: Ragged, window: Int[Array, ""], *, Z: int, blocks: int, cores: i
     )
 
 
-def _kernel(*refs, width: int, heads: int, scale: float, softcap: float | None):
+def _kernel(*refs, width: int, group: int, heads: int, scale: float, softcap: float | None):
     plan, refs = _split(refs)
     row = pl.program_id(0) * pl.num_programs(1) + pl.program_id(1)
     _, K, size, _ = refs.buffers[0].shape
@@ -180,7 +181,7 @@ def _kernel(*refs, width: int, heads: int, scale: float, softcap: float | None):
             jax.lax.fori_loop(0, K // heads, lambda n, _: for_heads(pl.ds(n * heads, heads)), None)
 
         pl.when(sees_all)(lambda: meet(None))
-        pl.when(jnp.logical_not(sees_all))(lambda: meet(_mask(plan, refs, row, slot, width)))
+        pl.when(jnp.logical_not(sees_all))(lambda: meet(_mask(plan, refs, row, slot, group)))
 
     jax.lax.fori_loop(begin, end, stretch, None)
     total = refs.total[...]
@@ -209,11 +210,11 @@ def _meet(refs: _Refs, turn, mask: _Mask | None, h, *, scale: float, softcap: fl
     refs.acc[h] = refs.acc[h] * fade + _dot(weights.astype(refs.q.dtype), values, (2, 1))
 
 
-def _mask(plan: _Plan, refs: _Refs, row, slot, width: int) -> _Mask:
+def _mask(plan: _Plan, refs: _Refs, row, slot, group: int) -> _Mask:
     """What `row` sees of the stretch that begins at `slot`."""
     (_, _, Q, _), (_, _, S, H) = refs.q.shape, refs.buffers[1].shape
     position, length, window = plan.positions[row], plan.lengths[row], plan.window[0]
-    query = jax.lax.broadcasted_iota(jnp.int32, (1, Q, 1), 1) // max(1, Q // width)
+    query = jax.lax.broadcasted_iota(jnp.int32, (1, Q, 1), 1) // group
     distance = (position + query) - (slot + jax.lax.broadcasted_iota(jnp.int32, (1, Q, S), 2))
     seen = slot + jax.lax.broadcasted_iota(jnp.int32, (1, S, H), 1)
     return _Mask(
