@@ -78,7 +78,11 @@ def attend(
     interpret: Any = False,
 ) -> Float[Array, "T N H"]:
     """Grouped-query attention of every row's queries to its own blocks; queries past a row's length give zeros."""
-    (_, K, _, _), (_, M) = k.values.shape, rows.tables.shape
+    (_, K, Z, _), (_, M) = k.values.shape, rows.tables.shape
+    if Z not in (8, 16) and Z % 32 and not interpret:
+        raise ValueError(
+            f"blocks of {Z} tokens do not fill a TPU's tiles; set engine.block_size to 8, 16 or 32, 64, 96, …"
+        )
     most = max(1, MOST_ENTRIES // M)
     window = jnp.asarray(EVERYTHING if window is None else window, jnp.int32)
     outs, row, token = [], 0, 0
