@@ -145,10 +145,10 @@ class Paged:
     Tokens stand flat, [T, 1]: rows of any lengths, one after the other.
     """
 
-    k: Blocks  # [P, K, Z, H]
+    k: Blocks  # [P, K, Z, H]; all leaves are stacked [L, ...] where layers are
     v: Blocks
     rows: Ragged
-    slots: Int[Array, "T"]  # where each token is written: block · Z + place in it; block 0 takes what nobody wants
+    slots: Any  # [T], where each token is written: block · Z + place in it; block 0 takes what nobody wants
     groups: Groups = dataclasses.field(metadata={"static": True})
     kernel: str = dataclasses.field(metadata={"static": True})  # a key of PAGED_KERNELS
 
