@@ -24,7 +24,7 @@ from parallel.sharding import place
 KERNELS = {"plain": "ops.attention", "pallas": "ops.flash_attention"}
 
 # Modules with `attend`: queries of rows of any lengths to blocks.
-PAGED_KERNELS = {"plain": "ops.paged_reference", "pallas": "ops.paged_attention"}
+PAGED_KERNELS = {"plain": "ops.paged_reference", "pallas": "parallel.paged_attention"}
 
 CACHE_NAMES = ("batch", "act_heads", None, None)
 BLOCK_NAMES = (None, "act_heads", None, None)
