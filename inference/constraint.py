@@ -43,7 +43,7 @@ def json_object() -> Grammar:
     return json_schema({"type": "object"})
 
 
-def json_schema(schema: dict[str, Any]) -> Grammar:
+def json_schema(schema: Any) -> Grammar:
     """JSON that a schema describes. Keywords that cannot be followed are refused, not ignored."""
     if not isinstance(schema, dict):
         raise ValueError(f"the JSON schema is a {type(schema).__name__}; give an object")
