@@ -1,4 +1,4 @@
-"""Use a model: `infer.py generate|chat|score MODEL …`. The door: it reads the command line and shows what comes.
+"""Use a model: `infer.py generate|chat|score|serve MODEL …`, or stand before servers: `infer.py route URL …`. The door.
 
 Nothing heavy is imported before the command line is understood, so `--help` and most errors answer at once.
 """
@@ -16,8 +16,11 @@ from collections.abc import Sequence
 
 from configs.help import comments
 from configs.overrides import override
-from inference.config import EngineConfig, GenerationConfig, SamplingConfig
+from inference.balancing import BalancingConfig
+from inference.config import EngineConfig, GenerationConfig, SamplingConfig, ServerConfig
+from inference.disaggregation import DisaggregationConfig
 from inference.location import KINDS, Location, locate
+from inference.routing import RouterConfig, addresses
 from parallel.config import AxisRules, MeshConfig
 from parallel.records import to_dict
 
@@ -50,8 +53,8 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> Parser:
     """The command line's grammar. Options of answers are the fields of their records."""
-    top = Parser(prog="infer.py", description="Use a language model: continue a text, converse, or measure it.")
-    verbs = top.add_subparsers(dest="verb", required=True, metavar="generate|chat|score")
+    top = Parser(prog="infer.py", description="Use a language model: continue a text, converse, measure it, or serve it.")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="generate|chat|score|serve|route")
     common = Parser(add_help=False)
     common.add_argument("model", metavar="MODEL", help=KINDS)
     common.add_argument(
@@ -74,11 +77,20 @@ def parser() -> Parser:
         "--context", type=int, default=8192, metavar="N", help="tokens of a conversation, at most; default 8192"
     )
     chat.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
+    serve = verbs.add_parser("serve", parents=[common], help="answer many users at once, as OpenAI's API does")
+    for record in (EngineConfig, ServerConfig, DisaggregationConfig):
+        add_fields(serve, record)
     score = verbs.add_parser("score", parents=[common], help="measure how well the model predicts a text")
     score.add_argument("--file", required=True, type=pathlib.Path, metavar="TEXT", help="the text, UTF-8")
     score.add_argument("--window", type=int, metavar="N", help="tokens read at once; default the context, at most 2048")
     score.add_argument("--stride", type=int, metavar="N", help="tokens between windows; default half a window")
     score.add_argument("--json", action="store_true", help="print one JSON object")
+    route = verbs.add_parser("route", help="one address in front of several servers")
+    route.add_argument("replicas", nargs="+", metavar="URL", help="a server's address, as http://10.0.0.2:8000")
+    route.add_argument("--host", default="127.0.0.1", help="address to listen at; default 127.0.0.1, this machine only")
+    route.add_argument("--port", type=int, default=8080, metavar="N", help="port to listen at; default 8080")
+    for record in (RouterConfig, BalancingConfig):
+        add_fields(route, record)
     return top
 
 
@@ -92,6 +104,14 @@ def add_fields(to: argparse.ArgumentParser, record: type) -> None:
         if kind in (int, float):
             note = f"{notes[field.name]}; default {field.default}"
             to.add_argument(flag, type=kind, default=field.default, metavar="N" if kind is int else "X", help=note)
+        elif kind is str:
+            to.add_argument(flag, default=field.default, metavar="TEXT", help=notes[field.name])
+        elif kind is bool:
+            note = f"{notes[field.name]}; default {'yes' if field.default else 'no'}"
+            to.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=note)
+        elif typing.get_origin(kind) is typing.Literal:
+            note = f"{notes[field.name]}; default {field.default}"
+            to.add_argument(flag, choices=typing.get_args(kind), default=field.default, help=note)
         else:
             note = f"{notes[field.name]}; may be repeated"
             read, metavar = (token_bias, "TOKEN=X") if field.name == "logit_bias" else (str, "TEXT")
@@ -134,8 +154,10 @@ def understand(arguments: Sequence[str]) -> Request:
 def main(arguments: Sequence[str]) -> int:
     """Run the command line; the exit status is 0 when done, 2 after an error that the user can mend."""
     try:
+        if arguments and arguments[0] == "route":
+            return route(parser().parse_args(arguments))
         request = understand(arguments)
-        return {"generate": generate, "chat": chat, "score": score}[request.verb](request)
+        return {"generate": generate, "chat": chat, "score": score, "serve": serve}[request.verb](request)
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -239,6 +261,41 @@ def score(request: Request) -> int:
     )
     print(lines)
     return 0
+
+
+def route(options: argparse.Namespace) -> int:
+    """Stand in front of servers till SIGTERM. The admin key comes from the environment, where `ps` does not show it."""
+    config, balancing = chosen(RouterConfig, options), chosen(BalancingConfig, options)
+    replicas, key = addresses(options.replicas), os.environ.get("MESHLIGHT_ADMIN_KEY") or None
+    from inference import listening, router
+
+    bound = listening.listening_socket(options.host, options.port)
+    return router.serve(router.Router(replicas, config, balancing, admin_key=key, say=router.say), bound)
+
+
+def serve(request: Request) -> int:
+    """Answer over HTTP till a signal comes."""
+    options, config = chosen(EngineConfig, request.options), chosen(ServerConfig, request.options)
+    shared = chosen(DisaggregationConfig, request.options)
+    secret = shared.secret(os.environ, options)
+    from inference import listening, server
+
+    listening.check_free(config.host, config.port)
+    model = opened(request)
+    engine = started(model, request, options)
+    engine.warm_up(server.say)
+    exchange = server.exchange(engine, shared, secret=secret) if secret else None
+    name = pathlib.Path(request.options.model).name
+    return server.serve(engine, model.tokenizer, config, name=name, max_rows=options.max_rows, exchange=exchange)
+
+
+Record = typing.TypeVar("Record")
+
+
+def chosen(record: type[Record], options: argparse.Namespace) -> Record:
+    """The record as the options say."""
+    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(record)}  # pyright: ignore[reportArgumentType]
+    return record(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 def utf8(content: bytes, path: pathlib.Path) -> str:

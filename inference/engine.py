@@ -5,6 +5,7 @@ the device computes; the tokens themselves stay there. Only guesses and grammars
 """
 
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -173,23 +174,28 @@ class Engine:
         found = steps.embed(self.parameters, *self._put((tokens, lengths)), program=self.program)
         return np.asarray(jax.device_get(found))[: len(texts)]
 
-    def export_blocks(self, tokens: Prompt, salt: str = "") -> "Exported":
+    def known_blocks(self, tokens: Prompt, salt: str = "") -> list[int]:
         """The full blocks that the cache has of this beginning. Models with several kinds of layers give none."""
         pool, *more = self.scheduler.pools.values()
-        names = [] if more else list(block_names(tokens, self.options.block_size, salt=salt))
-        blocks = []
-        for name in names:
-            block = pool.find(name)
-            if block is None:
-                break
-            blocks.append(block)
+        names = () if more else block_names(tokens, self.options.block_size, salt=salt)
+        found = (pool.find(name) for name in names)
+        return [block for block in itertools.takewhile(lambda block: block is not None, found) if block is not None]
+
+    def block_shapes(self) -> Any:
+        """One exported block as shapes: what `Exported.contents` is made of."""
+        return jax.eval_shape(steps.read_blocks, self._pools, jax.ShapeDtypeStruct((1,), np.int32))
+
+    def export_blocks(self, tokens: Prompt, salt: str = "", *, start: int = 0, most: int | None = None) -> Exported:
+        """What the cache has of this beginning, from block `start` on."""
+        blocks = self.known_blocks(tokens, salt)[start:][:most]
         if not blocks:
             return Exported([], None)
+        names = block_names(tokens, self.options.block_size, salt=salt)
         index = np.full(power_of_two(len(blocks)), NOBODY, np.int32)
         index[: len(blocks)] = blocks
         contents = jax.device_get(steps.read_blocks(self._pools, self._put(index)))
         some = lambda axis, pool: np.take(pool, np.arange(len(blocks)), axis=axis)  # noqa: E731
-        return Exported(names[: len(blocks)], steps.over_blocks(some, contents))
+        return Exported(list(itertools.islice(names, start, start + len(blocks))), steps.over_blocks(some, contents))
 
     def import_blocks(self, exported: "Exported") -> int:
         """Keep these blocks as if a request had computed them; -> how many were new. Where there is no room, fewer."""
@@ -228,7 +234,9 @@ class Engine:
         for sequence in plan.admitted:
             length = next(length for length in self._admission_lengths() if length >= len(sequence.tokens))
             self._admit(sequence.slot, sequence.request, sequence.answer, slots=length)
-        constrained = [work.sequence for work in (*plan.rows, *plan.tiles) if work.chooses and work.sequence.request.constraint]
+        constrained = [
+            work.sequence for work in (*plan.rows, *plan.tiles) if work.chooses and work.sequence.request.constraint
+        ]
         if constrained:
             self._allow(constrained)
         shape = self._shape(plan)
@@ -333,7 +341,14 @@ class Engine:
         new = self.scheduler.commit(work, [int(tokens[place]) for place in places])
         self._num_generated += len(new)
         places, count = places[: len(new)], sequence.request.num_top
-        tops = [[TopToken(int(t), float(p)) for t, p in zip(top[0][i][:count], top[1][i][:count], strict=True)] for i in places] if top and count else []
+        tops = (
+            [
+                [TopToken(int(t), float(p)) for t, p in zip(top[0][i][:count], top[1][i][:count], strict=True)]
+                for i in places
+            ]
+            if top and count
+            else []
+        )
         self._advance_grammar(sequence, new)
         return Output(sequence.id, new, [float(logprobs[place]) for place in places], tops, sequence.finish)
 

@@ -125,7 +125,9 @@ class Scheduler:
         """Let a request wait for its turn; ValueError where its turn can never come."""
         length, Z = len(request.prompt), self.limits.block_size
         if length < 1 or request.max_tokens < 1:
-            raise ValueError(f"the prompt has {length} tokens and max_tokens={request.max_tokens}; both must be at least 1")
+            raise ValueError(
+                f"the prompt has {length} tokens and max_tokens={request.max_tokens}; both must be at least 1"
+            )
         if length >= self.limits.max_length:
             raise ValueError(
                 f"the prompt is {length} tokens long but a sequence has room for {self.limits.max_length}, its answer "

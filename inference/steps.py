@@ -74,7 +74,9 @@ class Shape(NamedTuple):
     @property
     def places_chosen(self) -> Int[np.ndarray, "O"]:
         """After which token of its row each choice comes, counted from 0; 0 for tiles."""
-        return np.concatenate([np.tile(np.arange(self.width, dtype=np.int32), self.rows), np.zeros(self.tiles, np.int32)])
+        return np.concatenate(
+            [np.tile(np.arange(self.width, dtype=np.int32), self.rows), np.zeros(self.tiles, np.int32)]
+        )
 
 
 class Batch(NamedTuple):

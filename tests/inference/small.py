@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from inference.config import SamplingConfig
-from inference.config import EngineConfig
+from inference.config import EngineConfig, SamplingConfig
 from inference.engine import Engine
 from inference.request import Request
 from model.config import ModelConfig
