@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 from data import chat
 from data.chat import ChatTemplate
 from data.tokenizer import HuggingFaceTokenizer, Tokenizer
+from inference import constraint
 from inference.config import SamplingConfig, ServerConfig
-from inference.openai_api import ApiError, AskedText
-from inference.request import Constraint, Prompt, Request
+from inference.constraint import Grammar, GrammarConstraint
+from inference.openai_api import ApiError, AskedText, StructuredOutputs
+from inference.request import Prompt, Request
 from inference.spelling import Spelling
 
 
@@ -28,13 +30,6 @@ class Served:
     max_length: int  # tokens of a prompt and its answer
     created: int  # seconds since 1970
     spelling: Spelling
-
-
-class Grammar(NamedTuple):
-    """A form that an answer has to follow."""
-
-    kind: str  # json_object, json_schema, regex, choice, grammar
-    text: str  # the schema or the choices as JSON, the expression, the grammar
 
 
 class Plan(NamedTuple):
@@ -150,43 +145,50 @@ def stops(asked: AskedText) -> tuple[str, ...]:
     return (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ())
 
 
-def grammar(asked: AskedText) -> Grammar | None:
+def form_of(asked: AskedText) -> Grammar | None:
     """The form that one of vLLM's fields asks for."""
-    found: list[Grammar] = []
-    wanted = asked.structured_outputs
-    schemas = [asked.guided_json, wanted.json_ if wanted else None]
-    found += [Grammar("json_schema", as_json(schema)) for schema in schemas if schema is not None]
-    found += [Grammar("regex", text) for text in (asked.guided_regex, wanted.regex if wanted else None) if text]
-    choices = (asked.guided_choice, wanted.choice if wanted else None)
-    found += [Grammar("choice", json.dumps(words)) for words in choices if words]
-    found += [Grammar("grammar", text) for text in (asked.guided_grammar, wanted.grammar if wanted else None) if text]
-    found += [Grammar("json_object", "")] if wanted and wanted.json_object else []
-    return only(found)
+    wanted = asked.structured_outputs or StructuredOutputs()
+    schemas, patterns = (asked.guided_json, wanted.json_), (asked.guided_regex, wanted.regex)
+    choices, grammars = (asked.guided_choice, wanted.choice), (asked.guided_grammar, wanted.grammar)
+    return only(
+        [
+            *(constraint.json_schema(schema_of(schema)) for schema in schemas if schema is not None),
+            *(constraint.regex(pattern) for pattern in patterns if pattern is not None),
+            *(constraint.choice(words) for words in choices if words is not None),
+            *(constraint.lark(grammar) for grammar in grammars if grammar is not None),
+            *([constraint.json_object()] if wanted.json_object else []),
+        ]
+    )
 
 
-def only(found: Sequence[Grammar]) -> Grammar | None:
+def only(forms: Sequence[Grammar]) -> Grammar | None:
     """The one form that was asked for."""
-    if len(found) > 1:
-        kinds = " and ".join(form.kind for form in found)
-        raise ApiError(400, f"{kinds} are asked for at once; an answer follows one form", param="structured_outputs")
-    return found[0] if found else None
+    if len(forms) > 1:
+        kinds = " and a ".join(form.kind for form in forms)
+        raise ApiError(400, f"a {kinds} are asked for at once; an answer follows one", param="structured_outputs")
+    return forms[0] if forms else None
 
 
-def as_json(schema: dict[str, Any] | str) -> str:
-    """A schema as JSON text."""
-    return schema if isinstance(schema, str) else json.dumps(schema)
-
-
-def compiled(form: Grammar | None, tokenizer: Tokenizer, *, param: str = "structured_outputs") -> Constraint | None:
-    """The form, ready to follow."""
-    if form is None:
-        return None
-    from inference import constraint
-
+def schema_of(given: dict[str, Any] | str) -> dict[str, Any]:
+    """A schema that was perhaps written as text."""
     try:
-        return constraint.compile(form.kind, form.text, tokenizer)
+        schema = json.loads(given) if isinstance(given, str) else given
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the JSON schema is no JSON: {error}", param="guided_json", code="invalid_grammar") from None
+    if not isinstance(schema, dict):
+        raise ApiError(400, "the JSON schema is no object", param="guided_json", code="invalid_grammar")
+    return schema
+
+
+def constraints(form: Grammar | None, tokenizer: Tokenizer, *, count: int) -> list[GrammarConstraint] | list[None]:
+    """The beginning of the form for each of so many answers."""
+    if form is None:
+        return [None] * count
+    try:
+        first = constraint.constrain(form, tokenizer)
     except ValueError as error:
-        raise ApiError(400, str(error), param=param, code="invalid_grammar") from error
+        raise ApiError(400, str(error), code="invalid_grammar") from error
+    return [first, *(first.copy() for _ in range(count - 1))]
 
 
 def requests(
@@ -211,7 +213,7 @@ def requests(
             priority=asked.priority or 0,
             salt=f"{salt}/{asked.cache_salt or ''}",
             num_top=num_top,
-            constraint=compiled(form, served.tokenizer),
+            constraint=follows,
         )
-        for i in range(count)
+        for i, follows in enumerate(constraints(form, served.tokenizer, count=count))
     ]

@@ -8,9 +8,10 @@ from typing import Any
 from data import chat
 from data.chat import ChatTemplate, Message, ToolCall
 from data.tokenizer import HuggingFaceTokenizer
-from inference import asking
-from inference.asking import Grammar, Plan, Served
+from inference import asking, constraint
+from inference.asking import Plan, Served
 from inference.config import ServerConfig
+from inference.constraint import Grammar
 from inference.generate import Answer
 from inference.openai_api import ApiError, AskedChat, ChatMessage, Tool, ToolChoice
 from inference.pieces import Gathered, Told, pieces, usage
@@ -34,7 +35,8 @@ def plan(asked: AskedChat, served: Served, config: ServerConfig, *, salt: str, c
         raise ApiError(400, str(error), param="messages") from error
     prompt, given = tuple(tokens), asked.max_completion_tokens or asked.max_tokens
     max_tokens = asking.budget(given, prompt, served, param="max_completion_tokens", config=config)
-    form = asking.only([form for form in (asking.grammar(asked), form_of(asked), call_form(asked, template)) if form])
+    forms = (asking.form_of(asked), response_form(asked), call_form(asked, template))
+    form = asking.only([form for form in forms if form is not None])
     requests = asking.requests(
         asked, prompt, served, count=count, max_tokens=max_tokens, salt=salt, form=form,
         num_top=(asked.top_logprobs or 0) if asked.logprobs else 0,
@@ -87,16 +89,16 @@ def offered(asked: AskedChat, template: ChatTemplate) -> list[Tool]:
     return asked.tools
 
 
-def form_of(asked: AskedChat) -> Grammar | None:
+def response_form(asked: AskedChat) -> Grammar | None:
     """The form that response_format asks for."""
     wanted = asked.response_format
     if wanted is None or wanted.type == "text":
         return None
     if wanted.type == "json_object":
-        return Grammar("json_object", "")
+        return constraint.json_object()
     if wanted.json_schema is None or wanted.json_schema.schema_ is None:
         raise ApiError(400, "response_format json_schema needs json_schema.schema", param="response_format")
-    return Grammar("json_schema", json.dumps(wanted.json_schema.schema_))
+    return constraint.json_schema(wanted.json_schema.schema_)
 
 
 def call_form(asked: AskedChat, template: ChatTemplate) -> Grammar | None:
@@ -109,7 +111,7 @@ def call_form(asked: AskedChat, template: ChatTemplate) -> Grammar | None:
         tools = {name: tools[name]}
     elif choice != "required":
         return None
-    return Grammar(*required_call(tools, is_tagged=BEGIN in template.source))
+    return required_call(tools, is_tagged=BEGIN in template.source)
 
 
 class Turns:
@@ -124,7 +126,7 @@ class Turns:
 
     async def whole(self, stream: Stream, answers: Sequence[Answer]) -> dict[str, Any]:
         """The answers when all have ended."""
-        gathered = await Gathered(answers).read(stream)
+        gathered = await Gathered(answers).read(stream, self._plan)
         choices = [self._choice(index, gathered) for index in range(len(answers))]
         return {
             **self._told, "object": "chat.completion", "choices": choices, "usage": usage(self._plan, answers),
@@ -150,7 +152,7 @@ class Turns:
         """The answers as they come. Calls of tools come whole, at the end."""
         for index in range(len(answers)):
             yield self._chunk(index, {"role": "assistant", "content": ""})
-        async for piece in pieces(stream, answers):
+        async for piece in pieces(stream, self._plan, answers):
             text, finish, calls, reader = piece.text, piece.finish, [], self._readers[piece.index]
             if reader is not None:
                 text = reader.feed(text)

@@ -40,7 +40,7 @@ def plan(asked: AskedCompletion, served: Served, config: ServerConfig, *, salt: 
     prompts = asking.prompts(asked.prompt, served, param="prompt", config=config)
     count = max(asked.n or 1, asked.best_of or 1)
     asking.check_count(asked, len(prompts), count, config=config, capacity=capacity)
-    form, requests = asking.grammar(asked), []
+    form, requests = asking.form_of(asked), []
     for prompt in prompts:
         given = 16 if asked.max_tokens is None else asked.max_tokens
         max_tokens = asking.budget(given, prompt, served, param="max_tokens", config=config)
@@ -62,8 +62,8 @@ class Texts:
 
     async def whole(self, stream: Stream, answers: Sequence[Answer]) -> dict[str, Any]:
         """The answers when all have ended."""
-        gathered = await Gathered(answers).read(stream)
-        choices = [self._choice(len_, i, gathered) for len_, i in enumerate(self._picked(gathered))]
+        gathered = await Gathered(answers).read(stream, self._plan)
+        choices = [self._choice(index, place, gathered) for index, place in enumerate(self._picked(gathered))]
         return {**self._head, "choices": choices, "usage": usage(self._plan, answers)}
 
     def only_echo(self) -> dict[str, Any]:
@@ -80,7 +80,7 @@ class Texts:
             echo = self._echoes[index // self._each]
             shown[index] = len(echo.text)
             yield {**self._head, "choices": [self._wire(index, echo.text, self._listed([], echo, 0), None)]}
-        async for piece in pieces(stream, answers):
+        async for piece in pieces(stream, self._plan, answers):
             if piece.text or piece.finish or self._asked.logprobs is not None:
                 yield {**self._head, "choices": [self._chunk(piece, shown[piece.index])]}
             shown[piece.index] += len(piece.text)

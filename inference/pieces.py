@@ -5,8 +5,10 @@ from typing import NamedTuple
 
 from data.tokenizer import Tokenizer
 from inference.asking import Plan
+from inference.constraint import GrammarConstraint
 from inference.generate import Answer
-from inference.request import TopToken
+from inference.openai_api import ApiError
+from inference.request import Request, TopToken
 from inference.service import Stream, Unavailable
 
 
@@ -37,7 +39,7 @@ def answers_of(plan: Plan, tokenizer: Tokenizer) -> list[Answer]:
     return answers
 
 
-async def pieces(stream: Stream, answers: Sequence[Answer]) -> AsyncIterator[Piece]:
+async def pieces(stream: Stream, plan: Plan, answers: Sequence[Answer]) -> AsyncIterator[Piece]:
     """What comes, as it comes. An answer that has said a stop string ends, and the engine is told so."""
     open_ = set(range(len(answers)))
     async for index, output in stream:
@@ -51,6 +53,8 @@ async def pieces(stream: Stream, answers: Sequence[Answer]) -> AsyncIterator[Pie
         told = [Told(*each) for each in zip(output.tokens, output.logprobs, tops, strict=True)]
         finish = "stop" if answer.has_stopped else output.finish
         if finish is not None:
+            check_followed(plan.requests[index])
+        if finish is not None:
             open_.discard(index)
             text += answer.finish()
             stream.stop(index)
@@ -58,6 +62,13 @@ async def pieces(stream: Stream, answers: Sequence[Answer]) -> AsyncIterator[Pie
             yield Piece(index, text, told[: len(answer.tokens) - before], finish)
         if not open_:
             return
+
+
+def check_followed(request: Request) -> None:
+    """ApiError where an answer ended because its grammar took too much effort."""
+    follows = request.constraint
+    if isinstance(follows, GrammarConstraint) and follows.error:
+        raise ApiError(400, f"the grammar could not be followed further: {follows.error}", code="invalid_grammar")
 
 
 class Gathered:
@@ -68,9 +79,9 @@ class Gathered:
         self.told: list[list[Told]] = [[] for _ in answers]
         self.finish: list[str | None] = [None] * len(answers)
 
-    async def read(self, stream: Stream) -> "Gathered":
+    async def read(self, stream: Stream, plan: Plan) -> "Gathered":
         """All there is."""
-        async for piece in pieces(stream, self.answers):
+        async for piece in pieces(stream, plan, self.answers):
             self.told[piece.index] += piece.told
             self.finish[piece.index] = piece.finish or self.finish[piece.index]
         return self

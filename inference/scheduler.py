@@ -8,7 +8,7 @@ of the one before it are known: what a sequence has chosen but not told yet is `
 
 import bisect
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from inference.blocks import NOBODY, BlockPool, OutOfBlocks, block_names
 from inference.request import Finish, Request
@@ -90,6 +90,7 @@ class Plan(NamedTuple):
     admitted: list[SequenceState]  # that got a slot
 
 
+@runtime_checkable
 class Guesses(Protocol):
     """Whoever guesses tokens ahead."""
 

@@ -100,15 +100,16 @@ class Stepped(NamedTuple):
 
 def empty_pools(program: Program, num_blocks: dict[str, int], block_size: int, *, int8: bool) -> Any:
     """Keys and values of every layer, on the mesh: a pair a layer, or one stacked pair where layers are scanned."""
-    config = program.config
-
-    def make():
-        sizes = [num_blocks[kind] for kind in config.layer_kinds]
-        layers = [tuple(empty_blocks(config, P, block_size, int8=int8) for _ in "kv") for P in sizes]
-        return stacked(layers) if config.scan_layers else tuple(layers)
-
+    make = functools.partial(new_pools, program.config, num_blocks, block_size, int8=int8)
     shapes = jax.eval_shape(make)
     return jax.jit(make, out_shardings=pool_shardings(program, shapes))()
+
+
+def new_pools(config: ModelConfig, num_blocks: dict[str, int], block_size: int, *, int8: bool) -> Any:
+    """The same, wherever they are made."""
+    sizes = [num_blocks[kind] for kind in config.layer_kinds]
+    layers = [tuple(empty_blocks(config, P, block_size, int8=int8) for _ in "kv") for P in sizes]
+    return stacked(layers) if config.scan_layers else tuple(layers)
 
 
 def pool_shardings(program: Program, shapes: Any) -> Any:

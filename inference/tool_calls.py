@@ -11,6 +11,8 @@ from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from data.chat import ToolCall
+from inference import constraint
+from inference.constraint import Grammar
 from inference.stopping import UntilStop
 
 BEGIN, END = "<tool_call>", "</tool_call>"
@@ -72,9 +74,9 @@ def call(said: Any) -> ToolCall:
             raise ValueError("no call of a tool")
 
 
-def required_call(tools: dict[str, dict[str, Any]], *, is_tagged: bool) -> tuple[str, str]:
-    """The grammar of a turn that calls one of the tools (name -> schema of its parameters): (kind, text)."""
-    schema = {
+def required_call(tools: dict[str, dict[str, Any]], *, is_tagged: bool) -> Grammar:
+    """The form of a turn that calls one of the tools (name -> schema of its parameters)."""
+    schema: dict[str, Any] = {
         "anyOf": [
             {
                 "type": "object",
@@ -86,5 +88,5 @@ def required_call(tools: dict[str, dict[str, Any]], *, is_tagged: bool) -> tuple
         ]
     }
     if not is_tagged:
-        return "json_schema", json.dumps(schema)
-    return "grammar", f'start: "{BEGIN}\\n" call "\\n{END}"\ncall: %json {json.dumps(schema)}\n'
+        return constraint.json_schema(schema)
+    return constraint.lark(f'start: "{BEGIN}\\n" call "\\n{END}"\ncall: %json {json.dumps(schema)}\n')

@@ -24,7 +24,7 @@ from parallel.sharding import place
 KERNELS = {"plain": "ops.attention", "pallas": "ops.flash_attention"}
 
 # Modules with `attend`: queries of rows of any lengths to blocks.
-PAGED_KERNELS = {"plain": "ops.paged_reference", "pallas": "ops.paged_attention"}
+PAGED_KERNELS = {"plain": "ops.paged_reference", "pallas": "parallel.paged_attention"}
 
 CACHE_NAMES = ("batch", "act_heads", None, None)
 BLOCK_NAMES = (None, "act_heads", None, None)
@@ -145,10 +145,10 @@ class Paged:
     Tokens stand flat, [T, 1]: rows of any lengths, one after the other.
     """
 
-    k: Blocks  # [P, K, Z, H]
+    k: Blocks  # [P, K, Z, H]; all leaves are stacked [L, ...] where layers are
     v: Blocks
     rows: Ragged
-    slots: Int[Array, "T"]  # where each token is written: block · Z + place in it; block 0 takes what nobody wants
+    slots: Any  # [T], where each token is written: block · Z + place in it; block 0 takes what nobody wants
     groups: Groups = dataclasses.field(metadata={"static": True})
     kernel: str = dataclasses.field(metadata={"static": True})  # a key of PAGED_KERNELS
 
