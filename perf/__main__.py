@@ -3,6 +3,7 @@
     python -m perf compile CONFIG [key=value ...] --topology v5e:16x16    the TPU compiler's own word, without a TPU
     python -m perf shardings CONFIG [key=value ...] [--topology v5e:4x4]   tensor by tensor, collective by collective
     python -m perf bench train|prefill|decode                              measured, beside this machine's roof
+    python -m perf soak --url http://127.0.0.1:8000 [--pid N]               many clients of a server on this machine
 
 Nothing heavy is imported before the command line is read.
 """
@@ -23,11 +24,11 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command line; exit status 2 after an error that the user can mend."""
     parser = _parser()
     asked, extra = parser.parse_known_args(arguments)  # settings may stand between options, too
-    if extra and (asked.command == "bench" or any(word.startswith("-") for word in extra)):
+    if extra and (asked.command in ("bench", "soak") or any(word.startswith("-") for word in extra)):
         parser.error(f"unrecognized arguments: {' '.join(extra)}")
     try:
-        if asked.command == "bench":
-            return _bench(asked)
+        if asked.command in ("bench", "soak"):
+            return {"bench": _bench, "soak": _soak}[asked.command](asked)
         asked.words += extra
         return {"compile": _compile, "shardings": _shardings}[asked.command](asked)
     except (ValueError, OSError) as error:
@@ -57,6 +58,15 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--rounds", type=_positive, default=5, help="rounds, of which medians are taken (default 5)")
     bench.add_argument("--peer", default="", metavar="PYTHON", help="interpreter with torch and transformers")
     bench.add_argument("--json", action="store_true", help="one JSON object, last on stdout")
+
+    soak = commands.add_parser("soak", help="many clients of a server on this machine", allow_abbrev=False)
+    soak.add_argument("--url", required=True, help="of the server, such as http://127.0.0.1:8000")
+    soak.add_argument("--clients", type=_positive, default=64, help="at once (default 64)")
+    soak.add_argument("--seconds", type=_positive, default=120, help="after which none asks again (default 120)")
+    soak.add_argument("--tokens", type=_positive, default=32, help="of the longest answer (default 32)")
+    soak.add_argument("--key", default="", help="for the API")
+    soak.add_argument("--pid", type=_positive, default=0, help="the server's process, whose memory is watched")
+    soak.add_argument("--json", action="store_true", help="one JSON object, last on stdout")
 
     compile_ = commands.add_parser("compile", help="compile a run's step for a TPU slice", allow_abbrev=False)
     shardings = commands.add_parser("shardings", help="how a run's tensors are split", allow_abbrev=False)
@@ -118,6 +128,16 @@ def _bench(asked: argparse.Namespace) -> int:
     result = run(config, _say)
     print(json.dumps(result) if asked.json else "\n".join(_lines(result)))
     return 0
+
+
+def _soak(asked: argparse.Namespace) -> int:
+    """Soak a server; exit status 1 where it did not stand."""
+    from perf.soak import SoakConfig, run
+
+    names = [field.name for field in dataclasses.fields(SoakConfig) if field.name != "longest"]
+    result = run(SoakConfig(**{name: getattr(asked, name) for name in names}))
+    print(json.dumps(result) if asked.json else "\n".join(_lines(result)))
+    return 0 if result["passed"] else 1
 
 
 def _lines(result: dict) -> list[str]:
