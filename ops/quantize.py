@@ -41,7 +41,7 @@ class Quantized:
     lows: Float[Array, "..."] | None  # of code 0; None is 0
     order: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # dim of the weight that each dim of codes is
     num_inputs: int = dataclasses.field(metadata={"static": True})  # dims, the last ones of codes
-    one: Float[Array, ""] | None = None  # 1, a number that the compiler does not know, where products are streamed
+    is_streamed: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -69,8 +69,8 @@ class Quantized:
         inputs, y = equation.split("->")
         left, right = inputs.split(",")
         letters = "".join(right[dim] for dim in self.order)
-        if self.one is not None:
-            return self._streamed(x, self.one)
+        if self.is_streamed:
+            return self._streamed(x)
         if self.lows is not None:
             return jnp.einsum(f"{left},{letters}->{y}", x, decoded(self.codes, self.scales, self.lows).astype(x.dtype))
         product = jnp.einsum(f"{left},{letters}->{y}", x, self.codes.astype(x.dtype))
@@ -78,15 +78,16 @@ class Quantized:
         scales = self.scales.reshape((1,) * (product.ndim - kept) + self.scales.shape[:kept])
         return (product.astype(jnp.float32) * scales).astype(x.dtype)
 
-    def _streamed(self, x: Float[Array, "..."], one: Float[Array, ""]) -> Float[Array, "..."]:
+    def _streamed(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """In float32, whatever x is: outputs by inputs, in tiles of outputs where x has several rows.
 
-        XLA:CPU computes x anew for every output, unless that is dear: a division is. And a loop over tokens would
-        decode the weight once, before it, and read float32 from then on: the barrier ties it to x.
+        XLA:CPU computes x anew for every output, unless that is dear: a division is, and by 1 it changes nothing. A
+        loop over tokens would decode the weight once, before it, and read float32 from then on: the barrier ties it to x.
         """
         kept = x.shape[: x.ndim - self.num_inputs]
         outputs = self.codes.shape[: self.codes.ndim - self.num_inputs]
-        rows = x.reshape(math.prod(kept), -1).astype(jnp.float32) / one
+        rows = x.reshape(math.prod(kept), -1).astype(jnp.float32)
+        rows = rows / (1 + 0 * rows)  # ones that the compiler cannot know
         parts = jax.tree.map(functools.partial(_flat, num_inputs=self.num_inputs), (self.codes, self.scales, self.lows))
         rows, parts = jax.lax.optimization_barrier((rows, parts))
         return _product(rows, *parts).reshape(*kept, *outputs).astype(x.dtype)
@@ -103,7 +104,7 @@ def streamed(w: Quantized) -> Quantized:
     """The same weight as one CPU multiplies by it: 4-bit codes a byte each, float16 scales as float32."""
     codes = w.codes.astype(jnp.uint8) if w.codes.dtype == jnp.uint4 else w.codes
     wide = jax.tree.map(lambda part: part.astype(jnp.float32), (w.scales, w.lows))
-    return dataclasses.replace(w, codes=codes, scales=wide[0], lows=wide[1], one=jnp.ones((), jnp.float32))
+    return dataclasses.replace(w, codes=codes, scales=wide[0], lows=wide[1], is_streamed=True)
 
 
 def quantize(w: Float[Array, "..."], summed: tuple[int, ...], scheme: Scheme) -> Quantized:
