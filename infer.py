@@ -1,4 +1,4 @@
-"""Use a model: `infer.py generate|chat|score MODEL …`. The door: it reads the command line and shows what comes.
+"""Use a model: `infer.py generate|chat|score|serve MODEL …`, or stand before servers: `infer.py route URL …`. The door.
 
 Nothing heavy is imported before the command line is understood, so `--help` and most errors answer at once.
 """
@@ -16,8 +16,11 @@ from collections.abc import Sequence
 
 from configs.help import comments
 from configs.overrides import override
-from inference.config import GenerationConfig, SamplingConfig
+from inference.balancing import BalancingConfig
+from inference.config import EngineConfig, GenerationConfig, SamplingConfig, ServerConfig
+from inference.disaggregation import DisaggregationConfig
 from inference.location import KINDS, Location, locate
+from inference.routing import RouterConfig, addresses
 from parallel.config import AxisRules, MeshConfig
 from parallel.records import to_dict
 
@@ -50,8 +53,8 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> Parser:
     """The command line's grammar. Options of answers are the fields of their records."""
-    top = Parser(prog="infer.py", description="Use a language model: continue a text, converse, or measure it.")
-    verbs = top.add_subparsers(dest="verb", required=True, metavar="generate|chat|score")
+    top = Parser(prog="infer.py", description="Use a language model: continue a text, converse, measure it, or serve it.")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="generate|chat|score|serve|route")
     common = Parser(add_help=False)
     common.add_argument("model", metavar="MODEL", help=KINDS)
     common.add_argument(
@@ -70,12 +73,24 @@ def parser() -> Parser:
     )
     generate.add_argument("--json", action="store_true", help="print one JSON object at the end instead of the text")
     chat = verbs.add_parser("chat", parents=[answers], help="converse, with memory between turns")
+    chat.add_argument(
+        "--context", type=int, default=8192, metavar="N", help="tokens of a conversation, at most; default 8192"
+    )
     chat.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
+    serve = verbs.add_parser("serve", parents=[common], help="answer many users at once, as OpenAI's API does")
+    for record in (EngineConfig, ServerConfig, DisaggregationConfig):
+        add_fields(serve, record)
     score = verbs.add_parser("score", parents=[common], help="measure how well the model predicts a text")
     score.add_argument("--file", required=True, type=pathlib.Path, metavar="TEXT", help="the text, UTF-8")
     score.add_argument("--window", type=int, metavar="N", help="tokens read at once; default the context, at most 2048")
     score.add_argument("--stride", type=int, metavar="N", help="tokens between windows; default half a window")
     score.add_argument("--json", action="store_true", help="print one JSON object")
+    route = verbs.add_parser("route", help="one address in front of several servers")
+    route.add_argument("replicas", nargs="+", metavar="URL", help="a server's address, as http://10.0.0.2:8000")
+    route.add_argument("--host", default="127.0.0.1", help="address to listen at; default 127.0.0.1, this machine only")
+    route.add_argument("--port", type=int, default=8080, metavar="N", help="port to listen at; default 8080")
+    for record in (RouterConfig, BalancingConfig):
+        add_fields(route, record)
     return top
 
 
@@ -89,6 +104,14 @@ def add_fields(to: argparse.ArgumentParser, record: type) -> None:
         if kind in (int, float):
             note = f"{notes[field.name]}; default {field.default}"
             to.add_argument(flag, type=kind, default=field.default, metavar="N" if kind is int else "X", help=note)
+        elif kind is str:
+            to.add_argument(flag, default=field.default, metavar="TEXT", help=notes[field.name])
+        elif kind is bool:
+            note = f"{notes[field.name]}; default {'yes' if field.default else 'no'}"
+            to.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=note)
+        elif typing.get_origin(kind) is typing.Literal:
+            note = f"{notes[field.name]}; default {field.default}"
+            to.add_argument(flag, choices=typing.get_args(kind), default=field.default, help=note)
         else:
             note = f"{notes[field.name]}; may be repeated"
             read, metavar = (token_bias, "TOKEN=X") if field.name == "logit_bias" else (str, "TEXT")
@@ -113,6 +136,8 @@ def understand(arguments: Sequence[str]) -> Request:
     generation = {name: given[name] for name in ("max_tokens",) if name in given}
     if given.get("n", 1) < 1:
         raise ValueError(f"-n {options.n} must be at least 1; it counts the samples")
+    if given.get("context", 2) < 2:
+        raise ValueError(f"--context {options.context} must be at least 2: a prompt and an answer of one token")
     if options.verb == "score" and not options.file.is_file():
         raise ValueError(f"--file {options.file} is no file; give the text to measure")
     return Request(
@@ -129,8 +154,10 @@ def understand(arguments: Sequence[str]) -> Request:
 def main(arguments: Sequence[str]) -> int:
     """Run the command line; the exit status is 0 when done, 2 after an error that the user can mend."""
     try:
+        if arguments and arguments[0] == "route":
+            return route(parser().parse_args(arguments))
         request = understand(arguments)
-        return {"generate": generate, "chat": chat, "score": score}[request.verb](request)
+        return {"generate": generate, "chat": chat, "score": score, "serve": serve}[request.verb](request)
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -152,7 +179,9 @@ def generate(request: Request) -> int:
     text = sys.stdin.read() if options.prompt == "-" else options.prompt
     tokens = generate.text_tokens(text, model.tokenizer)
     prompt = generate.check_room(tokens, max_length=model.config.max_length)
-    engine = started(model, request)
+    room = min(len(prompt) + request.generation.max_tokens, model.config.max_length)
+    cache_tokens = generate.cache_for([room] * options.n)
+    engine = started(model, request, EngineConfig(max_rows=options.n, cache_tokens=cache_tokens))
     clock.lap("load")
     answers = [generate.Answer(prompt, model.tokenizer, request.generation.stop) for _ in range(options.n)]
     for pieces in generate.generate(engine, model.tokenizer, answers, request.generation):
@@ -160,12 +189,13 @@ def generate(request: Request) -> int:
         if not options.json:
             sys.stdout.write(pieces[0])
             sys.stdout.flush()
-    timings = clock.timings(engine.num_read, sum(len(answer.tokens) - 1 for answer in answers))
+    num_read = engine.stats().prompt_tokens - engine.stats().cached_tokens
+    timings = clock.timings(num_read, sum(len(answer.tokens) - 1 for answer in answers))
     if options.json:
         print(as_json(answers, [None, *engine.logprobs([prompt])[0]], timings))
     else:
         print("", *(answer.text for answer in answers[1:]), sep="\n", flush=True)
-        print(summary(answers, engine.num_read, timings), file=sys.stderr)
+        print(summary(answers, num_read, timings), file=sys.stderr)
     return 0
 
 
@@ -195,12 +225,14 @@ def summary(answers: "Sequence[Answer]", num_read: int, timings: dict[str, float
 
 def chat(request: Request) -> int:
     """Converse till the input ends."""
+    from inference import generate
     from inference.conversation import Conversation, required_template
     from inference.terminal import COMMANDS, converse
 
     model = opened(request)
     tokenizer, template = required_template(model.tokenizer)
-    engine = started(model, request)
+    room = min(request.options.context, model.config.max_length)
+    engine = started(model, request, EngineConfig(max_rows=1, cache_tokens=generate.cache_for([room]), max_length=room))
     conversation = Conversation(engine, tokenizer, template, request.generation, system=request.options.system)
     at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if at_terminal:
@@ -221,7 +253,7 @@ def score(request: Request) -> int:
     content = options.file.read_bytes()
     tokens = text_tokens(utf8(content, options.file), model.tokenizer)
     result = score(
-        started(model, request), tokens, num_bytes=len(content), window=options.window, stride=options.stride,
+        started(model, request, EngineConfig(max_rows=1, cache_tokens=1)), tokens, num_bytes=len(content), window=options.window, stride=options.stride,
         watch=lambda batches: tqdm(batches, disable=None, unit="batch", leave=False),
     )._asdict()  # fmt: skip
     lines = (
@@ -229,6 +261,41 @@ def score(request: Request) -> int:
     )
     print(lines)
     return 0
+
+
+def route(options: argparse.Namespace) -> int:
+    """Stand in front of servers till SIGTERM. The admin key comes from the environment, where `ps` does not show it."""
+    config, balancing = chosen(RouterConfig, options), chosen(BalancingConfig, options)
+    replicas, key = addresses(options.replicas), os.environ.get("MESHLIGHT_ADMIN_KEY") or None
+    from inference import listening, router
+
+    bound = listening.listening_socket(options.host, options.port)
+    return router.serve(router.Router(replicas, config, balancing, admin_key=key, say=router.say), bound)
+
+
+def serve(request: Request) -> int:
+    """Answer over HTTP till a signal comes."""
+    options, config = chosen(EngineConfig, request.options), chosen(ServerConfig, request.options)
+    shared = chosen(DisaggregationConfig, request.options)
+    secret = shared.secret(os.environ, options)
+    from inference import listening, server
+
+    listening.check_free(config.host, config.port)
+    model = opened(request)
+    engine = started(model, request, options)
+    engine.warm_up(server.say)
+    exchange = server.exchange(engine, shared, secret=secret) if secret else None
+    name = pathlib.Path(request.options.model).name
+    return server.serve(engine, model.tokenizer, config, name=name, max_rows=options.max_rows, exchange=exchange)
+
+
+Record = typing.TypeVar("Record")
+
+
+def chosen(record: type[Record], options: argparse.Namespace) -> Record:
+    """The record as the options say."""
+    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(record)}  # pyright: ignore[reportArgumentType]
+    return record(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 def utf8(content: bytes, path: pathlib.Path) -> str:
@@ -253,7 +320,7 @@ def opened(request: Request) -> "Model":
     return open_model(request.location, dtype=request.options.dtype)
 
 
-def started(model: "Model", request: Request) -> "Engine":
+def started(model: "Model", request: Request, options: EngineConfig) -> "Engine":
     """An engine with the model's weights on the mesh."""
     import jax
 
@@ -264,7 +331,7 @@ def started(model: "Model", request: Request) -> "Engine":
     sizes, devices, rules = request.mesh.axes.values(), jax.devices(), AxisRules()
     mesh = make_mesh(request.mesh, devices if -1 in sizes else devices[: math.prod(sizes)])
     config, parameters = serving_parameters(model.config, model.load(mesh, rules), mesh)
-    return Engine(config, parameters, mesh, rules, num_tokens=model.tokenizer.vocab_size)
+    return Engine(config, parameters, mesh, rules, num_tokens=model.tokenizer.vocab_size, options=options)
 
 
 @dataclasses.dataclass

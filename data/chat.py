@@ -16,11 +16,31 @@ from data.huggingface_tokenizer import HuggingFaceTokenizer
 MARKS = [chr(point) for point in range(0xFDD0, 0xFDF0)]  # Unicode's noncharacters: no text means anything by them
 
 
+class ToolCall(NamedTuple):
+    """A function that the assistant wanted called."""
+
+    name: str
+    arguments: dict[str, Any]
+    id: str = ""
+
+
 class Message(NamedTuple):
     """One turn."""
 
-    role: str  # system, user, assistant
+    role: str  # system, user, assistant, tool
     content: str
+    calls: tuple[ToolCall, ...] = ()  # of an assistant's turn
+    call_id: str = ""  # of a tool's turn: which call it answers
+    name: str = ""  # who speaks, or which tool answers
+
+    def told(self) -> dict[str, Any]:
+        """What templates read of it."""
+        calls = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in self.calls
+        ]
+        more = {"tool_calls": calls, "tool_call_id": self.call_id, "name": self.name}
+        return {"role": self.role, "content": self.content, **{key: value for key, value in more.items() if value}}
 
 
 class ChatTemplate(NamedTuple):
@@ -70,9 +90,15 @@ def template_of(tokenizer: HuggingFaceTokenizer) -> ChatTemplate | None:
     return ChatTemplate(tokenizer.chat_template, bos, eos, {t.content: id_ for id_, t in added.items() if t.special})
 
 
-def encode(template: ChatTemplate, messages: Sequence[Message], tokenizer: HuggingFaceTokenizer) -> list[int]:
+def encode(
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    tokenizer: HuggingFaceTokenizer,
+    *,
+    tools: Sequence[dict[str, Any]] = (),
+) -> list[int]:
     """Tokens of the conversation up to where the assistant answers; only the template can write control tokens."""
-    rendered = render(template, messages)
+    rendered = render(template, messages, tools=tools)
     if rendered.is_plain:
         return tokenizer.encode(rendered.text)
     ids = []
@@ -83,26 +109,33 @@ def encode(template: ChatTemplate, messages: Sequence[Message], tokenizer: Huggi
 
 def encode_letters(text: str, tokenizer: HuggingFaceTokenizer) -> list[int]:
     """Tokens of a text in which control tokens mean nothing."""
-    tokenizer.tokenizer.encode_special_tokens = True  # "encode them as text"
-    try:
-        return tokenizer.encode(text)
-    finally:
-        tokenizer.tokenizer.encode_special_tokens = False
+    return tokenizer.letters.encode(text, add_special_tokens=False).ids
 
 
-def render(template: ChatTemplate, messages: Sequence[Message]) -> Rendered:
+def takes_tools(template: ChatTemplate) -> bool:
+    """Whether the template has a place for tools."""
+    import jinja2.meta
+
+    environment = compiled(template.source).environment
+    return "tools" in jinja2.meta.find_undeclared_variables(environment.parse(template.source))
+
+
+def render(
+    template: ChatTemplate, messages: Sequence[Message], *, tools: Sequence[dict[str, Any]] = ()
+) -> Rendered:
     """The conversation, with what begins the assistant's answer. Raises ValueError where the template refuses it."""
     import jinja2
 
-    written = "".join(message.content for message in messages)
+    turns, described = [message.told() for message in messages], list(tools)
+    written = json.dumps([turns, described], ensure_ascii=False)
     mark = next((mark for mark in MARKS if mark not in written), None)
     if mark is None:
         raise ValueError(f"the messages hold all {len(MARKS)} noncharacters U+FDD0…U+FDEF; leave one out")
-    told = [{"role": m.role, "content": broken(m.content, template.controls, mark)} for m in messages]
+    turns, described = broken_inside([turns, described], template.controls, mark)
     try:
         text = compiled(template.source).render(
-            messages=told, add_generation_prompt=True, bos_token=template.bos_token, eos_token=template.eos_token,
-            tools=None, documents=None,
+            messages=turns, add_generation_prompt=True, bos_token=template.bos_token, eos_token=template.eos_token,
+            tools=described or None, documents=None,
         )  # fmt: skip
     except (jinja2.TemplateError, TypeError, ArithmeticError, LookupError) as error:
         roles = ", ".join(message.role for message in messages)
@@ -113,6 +146,19 @@ def render(template: ChatTemplate, messages: Sequence[Message]) -> Rendered:
 def broken(content: str, controls: Iterable[str], mark: str) -> str:
     """The content with the mark after the first character of every control token in it."""
     return re.sub(pattern(controls), lambda found: found[0][0] + mark + found[0][1:], content)
+
+
+def broken_inside(value: Any, controls: Iterable[str], mark: str) -> Any:
+    """The same for every text in lists and dictionaries, keys too."""
+    match value:
+        case str():
+            return broken(value, controls, mark)
+        case list():
+            return [broken_inside(item, controls, mark) for item in value]
+        case dict():
+            return {broken(key, controls, mark): broken_inside(item, controls, mark) for key, item in value.items()}
+        case _:
+            return value
 
 
 @functools.lru_cache(8)
@@ -136,8 +182,10 @@ def compiled(source: str) -> Any:
     def refuse(message: str):
         raise jinja2.TemplateError(message)
 
-    def as_json(value, indent=None):
-        return json.dumps(value, ensure_ascii=False, indent=indent)
+    def as_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(
+            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        )
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, Generation]

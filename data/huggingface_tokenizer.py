@@ -66,6 +66,13 @@ class HuggingFaceTokenizer:
             byte_ids=frozenset(vocab[token] for token in byte_tokens if token in vocab),
         )
 
+    @functools.cached_property
+    def letters(self) -> tokenizers.Tokenizer:
+        """A twin to which special tokens in a text are the letters they are spelled with. Threads may share it."""
+        twin = tokenizers.Tokenizer.from_str(self.tokenizer.to_str())
+        twin.encode_special_tokens = True
+        return twin
+
     def encode(self, text: str) -> list[int]:
         """Tokens of a text alone: no bos, no eos."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids

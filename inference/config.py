@@ -75,12 +75,42 @@ class EngineConfig:
     max_length: int = 0  # tokens of a sequence, its answer included; 0 is the model's context
     kv_dtype: Literal["compute", "int8"] = "compute"  # of the KV cache; int8 keeps a scale per token and head
     prefix_cache: bool = True  # prompts that begin alike share the blocks of their beginning
-    speculation: Literal["off", "ngram", "draft"] = (
-        "off"  # guess tokens ahead: from the text itself, or by a draft model
-    )
+    speculation: Literal["off", "ngram", "draft"] = "off"  # guess tokens ahead, from the text or by a draft model
     draft_length: int = 4  # W - 1, tokens guessed ahead at most; fewer where guesses fail
 
     def __post_init__(self):
         for name in ("max_rows", "cache_tokens", "block_size", "chunk", "draft_length"):
             require(self, "engine", name, low=1)
         require(self, "engine", "max_length", low=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """Where a server listens, who may ask it, and for how much."""
+
+    host: str = "127.0.0.1"  # address to listen at; 0.0.0.0 is every network
+    port: int = 8000  # 0 takes a free one
+    name: str = ""  # of the model in the API; default the last part of MODEL
+    api_key: tuple[str, ...] = ()  # who asks has to know one; also from the variable MESHLIGHT_API_KEYS, with commas
+    api_keys_file: str = ""  # more keys, one a line
+    isolate_keys: bool = False  # cached prompts are shared only between requests of one key
+    queue: int = 128  # requests that may wait, beside those computed at once; further ones are refused with 429
+    max_n: int = 16  # answers to one prompt
+    max_answer: int = 0  # tokens of an answer; 0 is what the context has room for
+    max_inputs: int = 128  # prompts, or texts to embed, of one request
+    max_body: int = 4_194_304  # bytes of a request
+    timeout: float = 600.0  # seconds that an answer may take, waiting included
+    patience: float = 30.0  # seconds that a client may take to send a request, or leave an answer unread
+    buffer: int = 4096  # tokens that came and a client did not read yet, at most
+    drain: float = 60.0  # seconds that running answers get to end after SIGTERM
+
+    def __post_init__(self):
+        require(self, "server", "port", low=0, high=65535)
+        for name in ("queue", "max_answer"):
+            require(self, "server", name, low=0)
+        for name in ("max_n", "max_inputs", "max_body", "buffer"):
+            require(self, "server", name, low=1)
+        for name in ("timeout", "patience", "drain"):
+            require(self, "server", name, low=0.01, high=10**6)
+        if "" in self.api_key:
+            raise ValueError("server.api_key is empty, which everybody knows; give a key or leave it out")

@@ -38,7 +38,7 @@ class Conversation:
         asked = [*self.messages, Message("user", text)]
         tokens = chat.encode(self.template, asked, self.tokenizer)
         answer = Answer(
-            check_room(tokens, max_length=self.engine.program.config.max_length), self.tokenizer, self.config.stop
+            check_room(tokens, max_length=self.engine.max_length), self.tokenizer, self.config.stop
         )
         try:
             for (piece,) in generate(self.engine, self.tokenizer, [answer], self.config):

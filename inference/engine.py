@@ -1,12 +1,14 @@
-"""Prompts in, tokens out: one model, its cache, and the loop between host and device. Knows no text.
+"""Requests in, tokens out: the border between the scheduler, which is the host's, and the device. Knows no text.
 
-The only place where inference crosses from host to device. A dispatch is enqueued before the one before it is
-fetched, so what the host does with some tokens takes place while the device computes the next.
+A step is enqueued before the tokens of the one before it are fetched, so what the host does with these takes place while
+the device computes; the tokens themselves stay there. Only guesses and grammars need them on the host first.
 """
 
+import functools
+import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,206 +16,380 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from inference import steps
-from inference.cache import Cache, Prompt
-from inference.config import SamplingConfig
-from inference.sampling import Knobs, knobs
-from inference.steps import CHUNK, Chunk, Cursor, Limits, Program, power_of_two
-from model.config import ModelConfig
+from inference import sampling, speculative, steps
+from inference.blocks import NOBODY, block_names
+from inference.config import EngineConfig
+from inference.request import EngineStats, Output, Prompt, Request, TopToken
+from inference.scheduler import Kind, Limits, Plan, Scheduler, SequenceState, Work
+from inference.steps import TILE, Batch, Program, Shape, power_of_two
+from model.config import ModelConfig, with_kernels
 from model.parameters import Parameters
-from parallel import hosts
 from parallel.config import AxisRules
 
-PIECE = 512  # tokens of a prompt read at once, at most
-SMALLEST_PIECE = 32
-PATIENCE = 0.25  # seconds that a dispatch may take before the next ones grow no more
+SHORTEST = 32  # tokens that a text is padded to, at least
 
 
-class Row(NamedTuple):
-    """One answer to compute."""
+class Pending(NamedTuple):
+    """A step that is on its way."""
 
-    prompt: Prompt
-    sampling: SamplingConfig
-    budget: int  # tokens it may choose, at least 1
+    plan: Plan
+    shape: Shape
+    choice: sampling.Choice
+    is_taken: jax.Array
 
 
-class Tokens(NamedTuple):
-    """New tokens of one row, with their log-probabilities under the model."""
+class Exported(NamedTuple):
+    """Blocks of the cache outside of it: what a prompt begins with, computed elsewhere."""
 
-    tokens: list[int]
-    logprobs: list[float]
+    names: list[bytes]
+    contents: Any  # as Engine's pools, [n, K, Z, H] each, numpy; None where there is no block
 
 
 class Engine:
-    """Continues rows of tokens with one model. What the cache still holds of a prompt is not read again."""
+    """Answers requests with one model, many at a time. To be called by one thread only."""
 
-    def __init__(self, config: ModelConfig, parameters: Parameters, mesh: Mesh, rules: AxisRules, *, num_tokens: int):
-        self.parameters = parameters
+    def __init__(
+        self,
+        config: ModelConfig,
+        parameters: Parameters,
+        mesh: Mesh,
+        rules: AxisRules,
+        *,
+        num_tokens: int,
+        options: EngineConfig,
+    ):
+        config = with_kernels(config, mesh.devices.flat[0].platform)
+        self.parameters, self.options = parameters, options
         self.program = Program(config, mesh, rules, num_tokens)
-        self.cache = Cache(self.program)
-        self.num_read = 0  # tokens that the last prompts cost
-        self._stopped = np.zeros(0, bool)
+        self.max_length = most_tokens(config, options)
+        limits = Limits(options.max_rows, options.block_size, TILE, max(1, options.chunk // TILE), self.max_length)
+        kinds = kinds_of(config, options)
+        guesses = speculative.Guesser(options.draft_length) if options.speculation == "ngram" else None
+        self.scheduler = Scheduler(kinds, limits, reuse=options.prefix_cache, guesses=guesses)
+        self._num_blocks = {kind.name: kind.num_blocks for kind in kinds}
+        self._slots = jax.jit(
+            functools.partial(sampling.empty_slots, options.max_rows, config.vocab_size), out_shardings=self._whole
+        )()
+        self._pools = steps.empty_pools(
+            self.program, self._num_blocks, options.block_size, int8=options.kv_dtype == "int8"
+        )
+        self._pending: Pending | None = None
+        self._told: list[Output] = []  # that the next step tells beside its own
+        self._num_steps = self._num_generated = 0
 
-    def stream(self, rows: Sequence[Row], end_ids: Sequence[int]) -> Iterator[list[Tokens]]:
-        """Every row's new tokens as they come, end tokens included, till all rows have ended. May be closed early."""
-        prompts = [row.prompt for row in rows]
-        unique = list(dict.fromkeys(prompts))
-        logits, _ = self._read(unique, room=max(len(row.prompt) + row.budget for row in rows))
-        if unique != prompts:
-            source = self._padded([unique.index(prompt) for prompt in prompts], 0)
-            logits = self.cache.spread(logits, self._put(np.asarray(source, np.int32)), source)
-        yield from self._decode(rows, logits, end_ids)
+    def add(self, request: Request) -> int:
+        """Let a request wait for its turn; ValueError where it can never be answered."""
+        return self.scheduler.add(request).id
 
-    def stop(self, row: int) -> None:
-        """End a row of the running stream, as if it had chosen an end token."""
-        self._stopped[row] = True
+    def cancel(self, id: int) -> None:
+        """End a request, if it has not ended yet; the next step tells so."""
+        if self.scheduler.cancel(id) is not None:
+            self._told.append(Output(id, [], [], [], "cancelled"))
+
+    @property
+    def has_work(self) -> bool:
+        """Whether another step would do something."""
+        return bool(self._pending or self._told or self.scheduler.waiting or self.scheduler.running)
+
+    def step(self) -> list[Output]:
+        """Enqueue the next step, then fetch the one before it; -> what has come of each request."""
+        plan = self.scheduler.next()
+        ahead = self._enqueue(plan) if plan.rows or plan.tiles else None
+        told, self._told = self._told, []
+        if self._pending is not None:
+            told += self._fetch(self._pending)
+        self._pending = ahead
+        if ahead is not None and self.scheduler.guesses is not None:  # guesses go on from what was chosen
+            told += self._fetch(ahead)
+            self._pending = None
+        return told
+
+    def run(self, requests: Sequence[Request]) -> Iterator[list[Output]]:
+        """Answer these requests and whatever else is there; outputs have their places among the requests as ids."""
+        places = {self.add(request): place for place, request in enumerate(requests)}
+        while places:
+            outputs = [output for output in self.step() if output.id in places]
+            yield [output._replace(id=places[output.id]) for output in outputs]
+            for output in outputs:
+                if output.finish is not None:
+                    del places[output.id]
+
+    def stats(self) -> EngineStats:
+        """What the engine holds and has done."""
+        scheduler, pools = self.scheduler, self.scheduler.pools.values()
+        return EngineStats(
+            waiting=len(scheduler.waiting),
+            running=len(scheduler.running),
+            blocks=sum(pool.num_blocks - 1 for pool in pools),
+            blocks_used=sum(pool.num_used for pool in pools),
+            blocks_cached=sum(pool.num_cached for pool in pools),
+            steps=self._num_steps,
+            prompt_tokens=scheduler.num_prompt,
+            cached_tokens=scheduler.num_cached,
+            generated_tokens=self._num_generated,
+            preemptions=scheduler.num_preemptions,
+            drafted=scheduler.num_drafted,
+            accepted=scheduler.num_accepted,
+            finished=scheduler.num_finished,
+        )
+
+    def shapes(self) -> list[Shape]:
+        """Every shape that a step can have."""
+        limits, width = self.scheduler.limits, self._width
+        rows = powers_to(limits.max_rows)
+        tiles = powers_to(limits.max_tiles)
+        widths = sorted({1, width})
+        return [
+            *(Shape(count, w, 0) for count in rows for w in widths),
+            *(Shape(count, w, many) for count, w in {(0, 1), *((rows[-1], w) for w in widths)} for many in tiles),
+        ]
+
+    def warm_up(self, say: Callable[[str], None] = lambda line: None) -> None:
+        """Compile all that serving needs: afterwards nothing is compiled."""
+        assert not self.has_work, "warm up before the first request"
+        shapes = self.shapes()
+        for number, shape in enumerate(shapes, 1):
+            start = time.perf_counter()
+            self._run(shape, self._batch(Plan([], [], []), shape))
+            jax.block_until_ready(self._slots)
+            say(f"shape {number}/{len(shapes)}  {shape}  {time.perf_counter() - start:.1f} s")
+        for length in self._admission_lengths():
+            request = Request(prompt=(0,), sampling=sampling.SamplingConfig(temperature=0.0), max_tokens=1)
+            self._admit(self.options.max_rows, request, [], slots=length)
+        self._allow([])
 
     def logprobs(self, texts: Sequence[Prompt]) -> list[list[float]]:
         """For each text, log p of every token but the first, given those before it."""
-        _, pieces = self._read(texts, room=0, scored=True)
-        found = np.concatenate(jax.device_get(pieces), axis=1)
+        length = max(power_of_two(max(map(len, texts)) - 1), SHORTEST)
+        tokens = padded(texts, rows=power_of_two(len(texts)), length=length + 1)
+        found = jax.device_get(steps.score(self.parameters, self._put(tokens), program=self.program))
         return [row[: len(text) - 1].tolist() for row, text in zip(found, texts, strict=False)]
 
-    def _read(self, prompts: Sequence[Prompt], *, room: int, scored: bool = False) -> tuple[jax.Array, list[jax.Array]]:
-        """Bring the cache to these prompts; -> next-token logits and, if scored, log p of what follows each token."""
-        prompts = self._padded(prompts, (0,))
-        start = [0] * len(prompts) if scored else self.cache.common(prompts)
-        left = [len(prompt) - at for prompt, at in zip(prompts, start, strict=True)]
-        widths = piece_widths(max(left))
-        memory = self.cache.take(len(prompts), max(room, max(start) + sum(widths)))
-        logits: Any = self._put(np.zeros((len(prompts), self.program.config.vocab_size), np.float32))
-        scores = []
-        for done, width in zip(np.cumsum([0, *widths]), widths, strict=False):
-            at = np.asarray(start, np.int32) + np.int32(done)
-            tokens = cut(prompts, at, width + 1)
-            put = self._put((tokens[:, :-1], at, np.asarray(left, np.int32) - np.int32(done)))
-            logits, hidden, memory = steps.prefill(
-                self.parameters, *put, logits, memory, program=self.program, begins=not at.any()
-            )
-            if scored:
-                targets = self._put(tokens[:, 1:])
-                scores.append(steps.target_logprobs(self.parameters, hidden, targets, program=self.program))
-        self.cache.give(memory, prompts)
-        self.num_read = sum(left)
-        return logits, scores
+    def embed(self, texts: Sequence[Prompt]) -> np.ndarray:
+        """[n, D]: each text's mean final hidden state, of length one."""
+        length = max(power_of_two(max(map(len, texts))), SHORTEST)
+        tokens = padded(texts, rows=power_of_two(len(texts)), length=length)
+        lengths = np.zeros(len(tokens), np.int32)
+        lengths[: len(texts)] = [len(text) for text in texts]
+        found = steps.embed(self.parameters, *self._put((tokens, lengths)), program=self.program)
+        return np.asarray(jax.device_get(found))[: len(texts)]
 
-    def _decode(self, rows: Sequence[Row], logits: jax.Array, end_ids: Sequence[int]) -> Iterator[list[Tokens]]:
-        """Enqueue the next dispatch, then fetch and hand out the one before it, till every row has ended."""
-        answers = [Answer(row, end_ids) for row in self._padded(rows, IDLE)]
-        running, pending = self._first(answers, logits, end_ids)
-        self._stopped = np.asarray([answer.ended for answer in answers])
-        count, left, pace = 1, max(row.budget for row in rows) - 1, Pace()
-        while count:
-            further = 0 if self._stopped.all() else min(pace.steps, left)
-            running, ahead = self._further(running, further) if further else (running, pending)
-            fetched = jax.device_get(pending)
-            pace.saw(count)
-            columns = zip(answers, *fetched, strict=True)
-            new = [answer.take(tokens[:count], logprobs[:count]) for answer, tokens, logprobs in columns]
-            self.cache.held = [answer.held for answer in answers]
-            self._stopped |= np.asarray([answer.ended for answer in answers])
-            yield new[: len(rows)]
-            pending, count, left = ahead, 0 if self._stopped.all() else further, left - further
+    def known_blocks(self, tokens: Prompt, salt: str = "") -> list[int]:
+        """The full blocks that the cache has of this beginning. Models with several kinds of layers give none."""
+        pool, *more = self.scheduler.pools.values()
+        names = () if more else block_names(tokens, self.options.block_size, salt=salt)
+        found = (pool.find(name) for name in names)
+        return [block for block in itertools.takewhile(lambda block: block is not None, found) if block is not None]
 
-    def _first(self, answers: "list[Answer]", logits: jax.Array, end_ids: Sequence[int]) -> "tuple[Running, Chunk]":
-        """Put what the rows ask for on the device and choose their first tokens."""
-        ids = np.arange(self.program.config.vocab_size)
-        rows = [answer.row for answer in answers]
-        seen = np.stack([np.isin(ids, row.prompt) for row in rows])
-        position = np.asarray([len(row.prompt) for row in rows], np.int32)
-        budget = np.asarray([row.budget for row in rows], np.int32)
-        limits = Limits(*self._put((np.isin(ids, list(end_ids)), budget)))
-        seen, position, settings = self._put((seen, position, knobs([row.sampling for row in rows])))
-        cursor, chunk = steps.first(logits, seen, position, limits, settings, program=self.program)
-        return Running(cursor, limits, settings), chunk
+    def block_shapes(self) -> Any:
+        """One exported block as shapes: what `Exported.contents` is made of."""
+        return jax.eval_shape(steps.read_blocks, self._pools, jax.ShapeDtypeStruct((1,), np.int32))
 
-    def _further(self, running: "Running", count: int) -> "tuple[Running, Chunk]":
-        """Enqueue `count` more tokens."""
-        held = self.cache.held
-        memory = self.cache.take(len(held), 0)
-        put = self._put((self._stopped.copy(), np.asarray(count, np.int32)))  # a device may alias host memory
-        cursor, memory, chunk = steps.decode(
-            self.parameters, running.cursor, memory, running.limits, running.knobs, *put, program=self.program
-        )
-        self.cache.give(memory, held)
-        return running._replace(cursor=cursor), chunk
+    def export_blocks(self, tokens: Prompt, salt: str = "", *, start: int = 0, most: int | None = None) -> Exported:
+        """What the cache has of this beginning, from block `start` on."""
+        blocks = self.known_blocks(tokens, salt)[start:][:most]
+        if not blocks:
+            return Exported([], None)
+        names = block_names(tokens, self.options.block_size, salt=salt)
+        index = np.full(power_of_two(len(blocks)), NOBODY, np.int32)
+        index[: len(blocks)] = blocks
+        contents = jax.device_get(steps.read_blocks(self._pools, self._put(index)))
+        some = lambda axis, pool: np.take(pool, np.arange(len(blocks)), axis=axis)  # noqa: E731
+        return Exported(list(itertools.islice(names, start, start + len(blocks))), steps.over_blocks(some, contents))
 
-    def _padded(self, rows: Sequence, idle) -> list:
-        """Rows for a whole batch."""
-        return [*rows, *[idle] * (self.program.batch(len(rows)) - len(rows))]
+    def import_blocks(self, exported: "Exported") -> int:
+        """Keep these blocks as if a request had computed them; -> how many were new. Where there is no room, fewer."""
+        pool, *more = self.scheduler.pools.values()
+        new = [place for place, name in enumerate(exported.names) if pool.find(name) is None]
+        new = [] if more or not pool.reuse else new[: pool.num_available]
+        if not new:
+            return 0
+        size = power_of_two(len(new))
+        blocks, places = np.full(size, NOBODY, np.int32), np.zeros(size, np.int32)
+        for i, place in enumerate(new):
+            blocks[i], places[i] = pool.take(), place
+        contents = steps.over_blocks(lambda axis, pool: np.take(pool, places, axis=axis), exported.contents)
+        self._pools = steps.write_blocks(self._pools, *self._put((blocks, contents)))
+        for block, place in zip(blocks.tolist(), new, strict=False):
+            pool.name(block, exported.names[place])
+            pool.release(block)
+        return len(new)
+
+    @property
+    def _width(self) -> int:
+        return 1 + (0 if self.options.speculation == "off" else self.options.draft_length)
+
+    @property
+    def _whole(self) -> NamedSharding:
+        """On every device of the mesh."""
+        return NamedSharding(self.program.mesh, P())
 
     def _put(self, host: Any) -> Any:
         """Host arrays on every device of the mesh."""
-        return jax.device_put(host, NamedSharding(self.program.mesh, P()))
+        return jax.device_put(host, self._whole)
+
+    def _enqueue(self, plan: Plan) -> Pending:
+        """Hand the plan to the device, rows in the order of their lengths: ops/paged_reference.py gains from it."""
+        plan.rows.sort(key=lambda work: work.start)
+        for sequence in plan.admitted:
+            length = next(length for length in self._admission_lengths() if length >= len(sequence.tokens))
+            self._admit(sequence.slot, sequence.request, sequence.answer, slots=length)
+        constrained = [
+            work.sequence for work in (*plan.rows, *plan.tiles) if work.chooses and work.sequence.request.constraint
+        ]
+        if constrained:
+            self._allow(constrained)
+        shape = self._shape(plan)
+        stepped = self._run(shape, self._batch(plan, shape))
+        self._num_steps += 1
+        return Pending(plan, shape, stepped.choice, stepped.is_taken)
+
+    def _run(self, shape: Shape, batch: Batch) -> steps.Stepped:
+        stepped = steps.step(
+            self.parameters, self._slots, self._pools, self._put(batch), program=self.program, shape=shape
+        )
+        self._slots, self._pools = stepped.slots, stepped.pools
+        return stepped
+
+    def _shape(self, plan: Plan) -> Shape:
+        """The smallest of the shapes that holds the plan."""
+        width = self._width if any(work.num_drafts for work in plan.rows) else 1
+        rows = power_of_two(len(plan.rows)) if plan.rows else 0
+        if not plan.tiles:
+            return Shape(min(rows, power_of_two(self.options.max_rows)), width, 0)
+        rows = power_of_two(self.options.max_rows) if rows else 0
+        return Shape(rows, width, power_of_two(len(plan.tiles)))
+
+    def _batch(self, plan: Plan, shape: Shape) -> Batch:
+        """The plan as arrays; what nobody uses belongs to the slot for padding."""
+        limits, num = self.scheduler.limits, shape.rows + shape.tiles
+        batch = Batch(
+            tokens=np.zeros(len(shape.owners), np.int32),
+            slots=np.full(num, limits.max_rows, np.int32),
+            positions=np.zeros(num, np.int32),
+            lengths=np.zeros(num, np.int32),
+            index=np.zeros(num, np.int32),
+            chooses=np.zeros(num, bool),
+            tables={
+                kind.name: np.full((num, -(-limits.max_length // limits.block_size)), NOBODY, np.int32)
+                for kind in self.scheduler.kinds
+            },
+        )
+        starts = shape.starts
+        placed = [*enumerate(plan.rows), *enumerate(plan.tiles, shape.rows)]
+        for row, work in placed:
+            tokens = work.tokens or [-1]
+            batch.tokens[starts[row] : starts[row] + len(tokens)] = tokens
+            batch.slots[row] = work.sequence.slot
+            batch.positions[row], batch.lengths[row] = work.start, len(tokens)
+            batch.index[row], batch.chooses[row] = work.index, work.chooses
+            for kind, blocks in work.sequence.blocks.items():
+                batch.tables[kind][row, : len(blocks)] = blocks
+        return batch
+
+    def _admission_lengths(self) -> list[int]:
+        """Lengths that a prompt is padded to when its slot is filled."""
+        *some, most = [length for length in powers_to(max(self.max_length, SHORTEST)) if length >= SHORTEST]
+        return [*some[::2], most]
+
+    def _admit(self, slot: int | None, request: Request, answer: list[int], *, slots: int) -> None:
+        """Fill a slot."""
+        told = sampling.admission(request, answer, slots=slots)
+        self._slots = admit(self._slots, *self._put((np.asarray(slot, np.int32), told)))
+
+    def _allow(self, sequences: Sequence[SequenceState]) -> None:
+        """Tell what grammars allow next."""
+        limits, words = self.scheduler.limits, -(-self.program.config.vocab_size // 32)
+        slots = np.full(limits.max_rows, limits.max_rows + 1, np.int32)
+        bits = np.zeros((limits.max_rows, words), np.uint32)
+        for row, sequence in enumerate(sequences):
+            assert sequence.request.constraint is not None
+            allowed = sequence.request.constraint.allowed()
+            slots[row], bits[row, : len(allowed)] = sequence.slot, allowed
+        self._slots = allow(self._slots, *self._put((slots, bits)))
+
+    def _fetch(self, pending: Pending) -> list[Output]:
+        """Wait for a step and hand out its tokens."""
+        works = [*enumerate(pending.plan.rows), *enumerate(pending.plan.tiles, pending.shape.rows)]
+        choosing = [(row, work) for row, work in works if work.chooses]
+        if not choosing:
+            return []
+        tokens, logprobs, is_taken = jax.device_get((pending.choice.tokens, pending.choice.logprobs, pending.is_taken))
+        asks = any(work.sequence.request.num_top for _, work in choosing)
+        top = jax.device_get((pending.choice.top_tokens, pending.choice.top_logprobs)) if asks else None
+        told = []
+        for row, work in choosing:
+            if work.sequence.finish is not None:
+                continue
+            W, rows = pending.shape.width, pending.shape.rows
+            places = range(row * W, (row + 1) * W) if row < rows else [rows * W + row - rows]
+            places = [place for place in places if is_taken[place]]
+            told.append(self._tell(work, places, tokens, logprobs, top))
+        return told
+
+    def _tell(self, work: Work, places: list[int], tokens, logprobs, top) -> Output:
+        """What a step gave one request."""
+        sequence = work.sequence
+        damaged = next((place for place in places if not math.isfinite(logprobs[place])), None)
+        if damaged is not None:
+            self.scheduler.end(sequence, "error")
+            why = (
+                f"the model gives token {tokens[damaged]} the log-probability {logprobs[damaged]} after "
+                f"{len(sequence.answer)} tokens; its weights are damaged, or too large for compute_dtype"
+            )
+            return Output(sequence.id, [], [], [], "error", why)
+        new = self.scheduler.commit(work, [int(tokens[place]) for place in places])
+        self._num_generated += len(new)
+        places, count = places[: len(new)], sequence.request.num_top
+        tops = (
+            [
+                [TopToken(int(t), float(p)) for t, p in zip(top[0][i][:count], top[1][i][:count], strict=True)]
+                for i in places
+            ]
+            if top and count
+            else []
+        )
+        self._advance_grammar(sequence, new)
+        return Output(sequence.id, new, [float(logprobs[place]) for place in places], tops, sequence.finish)
+
+    def _advance_grammar(self, sequence: SequenceState, new: Sequence[int]) -> None:
+        """Let the request's grammar follow; it may end the answer."""
+        grammar = sequence.request.constraint
+        if grammar is None or sequence.finish is not None:
+            return
+        for token in new:
+            grammar.take(token)
+        if grammar.has_ended:
+            self.scheduler.end(sequence, "stop")
 
 
-class Running(NamedTuple):
-    """What is on the device between two dispatches, beside the cache."""
-
-    cursor: Cursor
-    limits: Limits
-    knobs: Knobs
+admit = jax.jit(sampling.admit, donate_argnames="slots")
+allow = jax.jit(sampling.allow, donate_argnames="slots")
 
 
-class Answer:
-    """What the host knows of a row: its tokens so far and whether more can come."""
-
-    def __init__(self, row: Row, end_ids: Sequence[int]):
-        self.row, self.tokens, self.end_ids = row, [], frozenset(end_ids)
-        self.ended = row.budget <= 0
-
-    def take(self, tokens: np.ndarray, logprobs: np.ndarray) -> Tokens:
-        """The part of a dispatch that belongs to the answer: up to its end."""
-        new = Tokens([], [])
-        for token, logprob in zip(tokens.tolist(), logprobs.tolist(), strict=True):
-            if self.ended:
-                break
-            if not math.isfinite(logprob):
-                raise ValueError(
-                    f"the model gives token {token} the log-probability {logprob} after {len(self.tokens)} tokens; "
-                    "its weights are damaged, or too large for compute_dtype"
-                )
-            for had, more in zip((*new, self.tokens), (token, logprob, token), strict=True):
-                had.append(more)
-            self.ended = token in self.end_ids or len(self.tokens) >= self.row.budget
-        return new
-
-    @property
-    def held(self) -> Prompt:
-        """What surely stands in the cache: all but the last token, which the next step writes."""
-        return (*self.row.prompt, *self.tokens[:-1])
+def most_tokens(config: ModelConfig, options: EngineConfig) -> int:
+    """Tokens of a sequence: what the model takes, the options allow and the cache holds."""
+    asked = options.max_length or config.max_length
+    if asked > config.max_length:
+        raise ValueError(f"engine.max_length={asked} is more than the model's context of {config.max_length} tokens")
+    return min(asked, max(options.cache_tokens, 2 * options.block_size) - options.block_size)
 
 
-class Pace:
-    """Tokens a dispatch: from one on, doubled as long as a reader would not notice that they come together.
-
-    Of several processes each has a clock of its own, and all must dispatch alike: they double without looking at it.
-    """
-
-    def __init__(self):
-        self.steps, self._last = 1, time.perf_counter()
-
-    def saw(self, count: int) -> None:
-        """A dispatch of `count` tokens has arrived."""
-        now = time.perf_counter()
-        is_quick = now - self._last < PATIENCE or hosts.count() > 1
-        self.steps = min(CHUNK, 2 * count) if is_quick else max(1, count // 2)
-        self._last = now
+def kinds_of(config: ModelConfig, options: EngineConfig) -> list[Kind]:
+    """The kinds of layers that a model has, with as many blocks as hold the cache's tokens."""
+    num = -(-max(options.cache_tokens, 2 * options.block_size) // options.block_size) + 1
+    windows = {"global": None, "window": config.window}
+    return [Kind(kind, windows[kind], num) for kind in sorted(set(config.layer_kinds))]
 
 
-IDLE = Row((0,), SamplingConfig(temperature=0.0), 0)  # fills a batch up; ended from the start
+def powers_to(most: int) -> list[int]:
+    """Powers of two up to the first that is at least `most`.  6 -> [1, 2, 4, 8]"""
+    return [1 << i for i in range(power_of_two(most).bit_length())]
 
 
-def piece_widths(length: int) -> list[int]:
-    """How a prompt is cut: whole pieces, then the rest in a power of two.  1100 -> [512, 512, 128]"""
-    rest = length % PIECE
-    return [PIECE] * (length // PIECE) + ([max(power_of_two(rest), SMALLEST_PIECE)] if rest else [])
-
-
-def cut(prompts: Sequence[Prompt], at: np.ndarray, width: int) -> np.ndarray:
-    """`width` tokens of each prompt from its position on, zeros after its end."""
-    tokens = np.zeros((len(prompts), width), np.int32)
-    for row, prompt, start in zip(tokens, prompts, at.tolist(), strict=True):
-        part = prompt[start : start + width]
-        row[: len(part)] = part
+def padded(texts: Sequence[Prompt], *, rows: int, length: int) -> np.ndarray:
+    """Texts as rows of one length, zeros behind them."""
+    tokens = np.zeros((rows, length), np.int32)
+    for row, text in zip(tokens, texts, strict=False):
+        row[: len(text)] = text
     return tokens

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from jax.sharding import Mesh
 
 from data.tokenizer import TextStream, Tokenizer
-from inference.cache import Prompt
-from inference.config import GenerationConfig, SamplingConfig
-from inference.engine import Engine, Row, Tokens
+from inference.config import EngineConfig, GenerationConfig, SamplingConfig
+from inference.engine import Engine
+from inference.request import Output, Prompt, Request
 from inference.stopping import UntilStop
 from model.config import ModelConfig
 from model.parameters import Parameters
@@ -35,10 +35,10 @@ class Answer:
         """Why a finished answer ended: at an end token or a stop string, or at its length."""
         return "stop" if self.has_stopped else "length"
 
-    def take(self, new: Tokens) -> str:
+    def take(self, tokens: Sequence[int], logprobs: Sequence[float]) -> str:
         """More tokens; -> what of their text can be shown."""
         shown = ""
-        for token, logprob in zip(*new, strict=True):
+        for token, logprob in zip(tokens, logprobs, strict=True):
             if self._until.found:
                 break
             self.tokens.append(token)
@@ -58,21 +58,41 @@ class Answer:
 def generate(
     engine: Engine, tokenizer: Tokenizer, answers: Sequence[Answer], config: GenerationConfig
 ) -> Iterator[list[str]]:
-    """Continue every answer's prompt to its end; -> each answer's new text, dispatch by dispatch.
+    """Continue every answer's prompt to its end; -> each answer's new text, step by step. May be closed early.
 
     Answer i draws with seed + i: it is what a run for it alone with that seed gives.
     """
-    max_length = engine.program.config.max_length
-    rows = [
-        Row(answer.prompt, seeded(config.sampling, i), min(config.max_tokens, max_length - len(answer.prompt)))
-        for i, answer in enumerate(answers)
-    ]
-    for news in engine.stream(rows, tokenizer.end_ids):
-        yield [answer.take(new) for answer, new in zip(answers, news, strict=True)]
-        for i, answer in enumerate(answers):
-            if answer.has_stopped:
-                engine.stop(i)
+    open_ = {}
+    for i, answer in enumerate(answers):
+        request = Request(
+            prompt=answer.prompt,
+            sampling=seeded(config.sampling, i),
+            max_tokens=config.max_tokens,
+            end_ids=tokenizer.end_ids,
+        )
+        open_[engine.add(request)] = i
+    try:
+        while open_:
+            pieces = [""] * len(answers)
+            for output in engine.step():
+                if output.id in open_:
+                    pieces[open_[output.id]] = _taken(answers[open_[output.id]], output)
+                    if output.finish is not None or answers[open_[output.id]].has_stopped:
+                        engine.cancel(output.id)
+                        del open_[output.id]
+            if any(pieces):
+                yield pieces
+    finally:
+        for id in open_:
+            engine.cancel(id)
     yield [answer.finish() for answer in answers]
+
+
+def _taken(answer: Answer, output: Output) -> str:
+    """What of an output's text can be shown."""
+    if output.finish == "error":
+        raise ValueError(output.error)
+    return answer.take(output.tokens, output.logprobs)
 
 
 def seeded(sampling: SamplingConfig, offset: int) -> SamplingConfig:
@@ -89,6 +109,13 @@ def text_tokens(text: str, tokenizer: Tokenizer) -> list[int]:
     if not tokens:
         raise ValueError("the text is empty and this model has no token that begins one; give it something to go on")
     return tokens
+
+
+def cache_for(lengths: Sequence[int]) -> int:
+    """Cache tokens that surely hold sequences of these lengths at once; of a few sizes, so that few are compiled."""
+    size = EngineConfig().block_size
+    blocks = sum(-(-length // size) + 1 for length in lengths) + 1
+    return size * (1 << blocks.bit_length())
 
 
 def check_room(tokens: Sequence[int], *, max_length: int) -> Prompt:
@@ -113,8 +140,10 @@ def sample(
     sampling: SamplingConfig,
 ) -> str:
     """One answer from parameters where they are, stacked layers and all: for training, which looks at some text."""
-    engine = Engine(config, parameters, mesh, rules, num_tokens=tokenizer.vocab_size)
-    answer = Answer(check_room(text_tokens(prompt, tokenizer), max_length=config.max_length), tokenizer, ())
+    tokens = check_room(text_tokens(prompt, tokenizer), max_length=config.max_length)
+    options = EngineConfig(max_rows=1, cache_tokens=cache_for([len(tokens) + num_tokens]), prefix_cache=False)
+    engine = Engine(config, parameters, mesh, rules, num_tokens=tokenizer.vocab_size, options=options)
+    answer = Answer(tokens, tokenizer, ())
     for _ in generate(engine, tokenizer, [answer], GenerationConfig(sampling=sampling, max_tokens=num_tokens)):
         pass
     return answer.text

@@ -20,6 +20,7 @@ BLOCK = 64  # values whose largest is taken at once
 MAX_TOP = 20  # likeliest tokens that can be told with each token
 FEW = 64  # up to this top_k the k-th largest score is found without counting
 MAX_COUNT = 2**15 - 128  # of one token in an answer; more of the same are not counted
+SMALLEST_P = 1e-30  # of top_p: the likeliest token is always kept
 NO_TOKEN = 2**31 - 1  # an id that no vocabulary has
 
 
@@ -251,19 +252,60 @@ def unpacked(bits: UInt[Array, "O W"], V: int) -> Bool[Array, "O V"]:
 
 
 def draw(scores: Float[Array, "O V"], index: Int[Array, "O"], knobs: Knobs) -> Int[Array, "O"]:
-    """A random token a row, by Gumbel-max: argmax of log p + noise has distribution p (arXiv:1611.01144, eq. 1).
+    """A random token a row of what top-k, then top-p of what that leaves, then min-p leave.
 
-    First a block by its probability, then a token in it: noise for V / BLOCK + BLOCK values instead of V.
+    Top-p by rejection, without knowing its set: a token is in it if those likelier have less than top_p together.
+    If it is not, it is drawn again among those likelier, which on average halves what is outside: a few passes over the
+    row, where finding the set takes a sort or 32 halvings. FlashInfer's kernels reject likewise, with uniform noise.
     """
     scores = temper(scores, knobs.temperature)
-    narrow = (knobs.top_k > 0) | (knobs.top_p < 1) | (knobs.min_p > 0)
-    scores = jax.lax.cond(jnp.any(narrow), narrowed, lambda x, _: x, scores, knobs)
-    blocks = in_blocks(scores)
-    _, n, _ = blocks.shape
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, (n + BLOCK,)))(keys(knobs.seed, index))
-    which = jnp.argmax(jnp.log(jnp.sum(jnp.exp(blocks), axis=-1)) + noise[:, :n], axis=-1)
-    block = jnp.take_along_axis(blocks, which[:, None, None], axis=1)[:, 0]
-    return (which * BLOCK + jnp.argmax(block + noise[:, n:], axis=-1)).astype(jnp.int32)
+    scores = jax.lax.cond(jnp.any(knobs.top_k > 0), keep_top_k, lambda x, _: x, scores, knobs.top_k)
+    p = jnp.exp(in_blocks(scores))  # of each token relative to the likeliest
+    target = jnp.where(knobs.top_p < 1, jnp.maximum(knobs.top_p, SMALLEST_P) * jnp.sum(p, axis=(1, 2)), jnp.inf)
+
+    def propose(floor, sums, attempt):
+        noise = gumbel(knobs.seed, index, attempt, count=sums.shape[-1] + BLOCK)
+        return proposed(p, floor, sums, noise)
+
+    def look(carry):
+        attempt, tokens, was_outside = carry
+        floor = taken(rearrange(p, "O n b -> O (n b)"), tokens)
+        sums = sums_above(p, floor)
+        is_outside = was_outside & (jnp.sum(sums, axis=-1) >= target)
+        return attempt + 1, jnp.where(is_outside, propose(floor, sums, attempt), tokens), is_outside
+
+    floor = jnp.nextafter(knobs.min_p, -1.0)
+    first = propose(floor, sums_above(p, floor), jnp.int32(0))
+    return jax.lax.while_loop(lambda carry: jnp.any(carry[-1]), look, (jnp.int32(1), first, knobs.top_p < 1))[1]
+
+
+def proposed(
+    p: Float[Array, "O n b"], floor: Float[Array, "O"], sums: Float[Array, "O n"], noise: Float[Array, "O m"]
+) -> Int[Array, "O"]:
+    """A token above the floor by Gumbel-max: argmax of log p + noise has distribution p (arXiv:1611.01144, eq. 1).
+
+    First a block by its sum, then a token in it: noise for n + b values instead of n * b.
+    """
+    _, n, b = p.shape
+    which = jnp.argmax(jnp.log(sums) + noise[:, :n], axis=-1)
+    block = jnp.take_along_axis(p, which[:, None, None], axis=1)[:, 0]
+    block = jnp.where(block > floor[:, None], block, 0.0)
+    return (which * b + jnp.argmax(jnp.log(block) + noise[:, n:], axis=-1)).astype(jnp.int32)
+
+
+def sums_above(p: Float[Array, "O n b"], floor: Float[Array, "O"]) -> Float[Array, "O n"]:
+    """The sum of each block's values above the row's floor."""
+    return jnp.sum(jnp.where(p > floor[:, None, None], p, 0.0), axis=-1)
+
+
+def gumbel(seed: UInt[Array, "O"], index: Int[Array, "O"], attempt: Int[Array, ""], *, count: int) -> jax.Array:
+    """Noise of each row, from its seed, its place in the answer and the attempt alone."""
+
+    def one(seed, index):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), index), attempt)
+        return jax.random.gumbel(key, (count,))
+
+    return jax.vmap(one)(seed, index)
 
 
 def argmax(x: Float[Array, "O V"]) -> Int[Array, "O"]:
@@ -299,26 +341,10 @@ def largest(x: Float[Array, "O V"], k: int) -> tuple[Float[Array, "O k"], Int[Ar
     return values, (block * BLOCK + places % BLOCK).astype(jnp.int32)
 
 
-def keys(seed: UInt[Array, "O"], index: Int[Array, "O"]) -> jax.Array:
-    """One random key a row, from its seed and its place in the answer."""
-    return jax.vmap(lambda s, i: jax.random.fold_in(jax.random.key(s), i))(seed, index)
-
-
 def temper(scores: Float[Array, "O V"], temperature: Float[Array, "O"]) -> Float[Array, "O V"]:
     """Scores over temperature, the largest at 0 so that no temperature overflows. Greedy rows (0) are left at 1."""
     scores = scores - jnp.max(scores, axis=-1, keepdims=True)
     return scores / jnp.where(temperature > 0, temperature, 1.0)[:, None]
-
-
-def narrowed(scores: Float[Array, "O V"], knobs: Knobs) -> Float[Array, "O V"]:
-    """Top-k, then top-p of what is left, then min-p; what is dropped becomes -inf."""
-    for is_asked, keep, limit in (
-        (knobs.top_k > 0, keep_top_k, knobs.top_k),
-        (knobs.top_p < 1, keep_top_p, knobs.top_p),
-        (knobs.min_p > 0, keep_min_p, knobs.min_p),
-    ):
-        scores = jax.lax.cond(jnp.any(is_asked), keep, lambda x, _: x, scores, limit)
-    return scores
 
 
 def keep_top_k(scores: Float[Array, "O V"], k: Int[Array, "O"]) -> Float[Array, "O V"]:
@@ -333,17 +359,6 @@ def keep_top_k(scores: Float[Array, "O V"], k: Int[Array, "O"]) -> Float[Array, 
 
     kept = jax.lax.cond(jnp.any(k > FEW), by_count, by_rank, scores)
     return jnp.where(kept | (k <= 0)[:, None], scores, -jnp.inf)
-
-
-def keep_top_p(scores: Float[Array, "O V"], p: Float[Array, "O"]) -> Float[Array, "O V"]:
-    """The smallest set of likeliest tokens with probability p or more (arXiv:1904.09751, eq. 2), ties included."""
-    probabilities = jax.nn.softmax(scores, axis=-1)
-    return jnp.where(reaching(probabilities, probabilities, p) | (p >= 1)[:, None], scores, -jnp.inf)
-
-
-def keep_min_p(scores: Float[Array, "O V"], ratio: Float[Array, "O"]) -> Float[Array, "O V"]:
-    """Tokens at least `ratio` times as likely as the likeliest (arXiv:2407.01082)."""
-    return jnp.where(scores >= jnp.max(scores, axis=-1, keepdims=True) + jnp.log(ratio)[:, None], scores, -jnp.inf)
 
 
 def reaching(
@@ -371,18 +386,3 @@ def ordered(x: Float[Array, "O V"]) -> UInt[Array, "O V"]:
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     sign = jnp.uint32(0x80000000)
     return jnp.where((bits & sign) != 0, ~bits, bits | sign)
-
-
-def knobs(rows: Sequence[SamplingConfig]) -> Knobs:
-    """The rows' settings as arrays: what the dense engine calls, until the paged one takes its place."""
-    return jax.tree.map(lambda *values: jnp.stack(values), *map(knobs_of, rows))
-
-
-def choose_rows(
-    logits: Float[Array, "B V"], seen: Bool[Array, "B V"], index: Int[Array, "B"], knobs: Knobs, *, num_tokens: int
-) -> Choice:
-    """Choose for rows without slots: what the dense engine calls, until the paged one takes its place."""
-    B, V = logits.shape
-    none = empty_slots(B - 1, V)
-    slots = none._replace(prompted=seen, knobs=knobs)
-    return choose(logits, slots, jnp.arange(B), index, num_tokens=num_tokens)

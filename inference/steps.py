@@ -1,30 +1,30 @@
-"""The jitted steps of decoding: read a prompt, choose the first token, decode many more. Arrays in, arrays out.
+"""The jitted steps of inference: one for any mix of prompts and answers, and one to score texts. Arrays in, arrays out.
 
-Each is compiled once for a program, a batch and a number of slots, all powers of two; `prefill` also for the length of
-a piece. The memory is donated: what comes back took its place in the same buffers.
+`step` is compiled once for each Shape, of which an engine has a few. Slots and pools are donated: what comes back took
+their place in the same buffers.
 """
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from inference.sampling import Choice, Knobs, logprobs_of
-from inference.sampling import choose_rows as choose
+from inference.sampling import Choice, Slots, choose, logprobs_of, record
 from model.config import ModelConfig
-from model.memory import CACHE_NAMES, Beginning, Dense, Queries, dense_cache, dense_grown, dense_rows
+from model.memory import BLOCK_NAMES, Packed, Paged, Queries, empty_blocks
 from model.parameters import Parameters, decoder
+from ops.ragged import Blocks, Groups, Ragged
 from parallel.config import AxisRules
-from parallel.sharding import Names, place, spec, use
+from parallel.sharding import Names, axes_of, place, spec, use
 
-CHUNK = 32  # tokens a row that one dispatch decodes at most
+TILE = 32  # Q, tokens of one prompt that stand together
 SCORED_AT_ONCE = 128  # positions whose logits exist at once, over all rows
 
 
@@ -36,227 +36,258 @@ class Program(NamedTuple):
     rules: AxisRules
     num_tokens: int  # ids from here on have no text and are never chosen
 
-    def batch(self, rows: int) -> int:
-        """The batch for so many rows: a power of two on each part of the mesh that splits it."""
-        axes = spec(("batch",), self.rules, self.mesh)[0] or ()
-        parts = math.prod(self.mesh.shape[axis] for axis in ([axes] if isinstance(axes, str) else axes))
-        return parts * power_of_two(-(-rows // parts))
+
+class Shape(NamedTuple):
+    """How a step's flat tokens are laid out: rows of answers first, then tiles of prompts."""
+
+    rows: int
+    width: int  # W, tokens of a row: its last one and guesses after it
+    tiles: int
+
+    @property
+    def groups(self) -> Groups:
+        """The same for kernels."""
+        return tuple(group for group in ((self.rows, self.width), (self.tiles, TILE)) if group[0])
+
+    @property
+    def owners(self) -> Int[np.ndarray, "T"]:
+        """Which row or tile each flat token belongs to."""
+        counts = [self.width] * self.rows + [TILE] * self.tiles
+        return np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+
+    @property
+    def starts(self) -> Int[np.ndarray, "B"]:
+        """Where each row or tile begins among the flat tokens."""
+        counts = [self.width] * self.rows + [TILE] * self.tiles
+        return np.cumsum([0, *counts[:-1]], dtype=np.int32)
+
+    @property
+    def positions_within(self) -> Int[np.ndarray, "T"]:
+        """Place of each flat token in its row or tile."""
+        return np.arange(len(self.owners), dtype=np.int32) - self.starts[self.owners]
+
+    @property
+    def chosen_by(self) -> Int[np.ndarray, "O"]:
+        """Which row or tile each choice belongs to: one after each token of a row, one after a tile."""
+        return np.concatenate([np.repeat(np.arange(self.rows), self.width), self.rows + np.arange(self.tiles)])
+
+    @property
+    def places_chosen(self) -> Int[np.ndarray, "O"]:
+        """After which token of its row each choice comes, counted from 0; 0 for tiles."""
+        return np.concatenate(
+            [np.tile(np.arange(self.width, dtype=np.int32), self.rows), np.zeros(self.tiles, np.int32)]
+        )
 
 
-class Prefilled(NamedTuple):
-    """What is known after a prompt, or a piece of it."""
+class Batch(NamedTuple):
+    """What the host tells the device for one step. B counts rows and tiles; idle ones have length 0."""
 
-    logits: Float[Array, "B V"]  # of the token after each row's last
-    hidden: Float[Array, "B T D"]
-    memory: Any
-
-
-class Limits(NamedTuple):
-    """When a row ends."""
-
-    is_end: Bool[Array, "V"]  # tokens that end a text
-    budget: Int[Array, "B"]  # tokens the row may choose
+    tokens: Int[Array, "T"]  # -1 is what the row's slot chose last
+    slots: Int[Array, "B"]
+    positions: Int[Array, "B"]  # of the first token
+    lengths: Int[Array, "B"]
+    index: Int[Array, "B"]  # place in the answer of the token chosen after the row's first, or the tile's last
+    chooses: Bool[Array, "B"]  # whether that token counts: not in the middle of a prompt
+    tables: dict[str, Int[Array, "B M"]]  # of each kind of layer
 
 
-class Cursor(NamedTuple):
-    """Where each row stands between two dispatches."""
+class Stepped(NamedTuple):
+    """What a step leaves."""
 
-    token: Int[Array, "B"]  # chosen last, not yet in the memory
-    position: Int[Array, "B"]  # where it will stand
-    index: Int[Array, "B"]  # tokens chosen so far
-    finished: Bool[Array, "B"]
-    seen: Bool[Array, "B V"]  # tokens that the row has, its prompt's included
-
-
-class Chunk(NamedTuple):
-    """Tokens of one dispatch. A row's entries after its end mean nothing."""
-
-    tokens: Int[Array, "B C"]
-    logprobs: Float[Array, "B C"]
+    slots: Slots
+    pools: Any
+    choice: Choice  # O rows
+    is_taken: Bool[Array, "O"]  # whether the choice belongs to the answer: it counts, and so did all guesses before it
 
 
-@functools.cache
-def empty_memory(program: Program, rows: int, slots: int) -> Callable[[], Any]:
-    """What makes a cache with nothing in it."""
-    make = functools.partial(dense_cache, program.config, rows, slots)
-    where = jax.tree.map(lambda cache: on_mesh(program, cache_names(cache)), jax.eval_shape(make))
-    return jax.jit(make, out_shardings=where)
+def empty_pools(program: Program, num_blocks: dict[str, int], block_size: int, *, int8: bool) -> Any:
+    """Keys and values of every layer, on the mesh: a pair a layer, or one stacked pair where layers are scanned."""
+    make = functools.partial(new_pools, program.config, num_blocks, block_size, int8=int8)
+    shapes = jax.eval_shape(make)
+    return jax.jit(make, out_shardings=pool_shardings(program, shapes))()
 
 
-def on_mesh(program: Program, names: Names) -> NamedSharding:
+def new_pools(config: ModelConfig, num_blocks: dict[str, int], block_size: int, *, int8: bool) -> Any:
+    """The same, wherever they are made."""
+    sizes = [num_blocks[kind] for kind in config.layer_kinds]
+    layers = [tuple(empty_blocks(config, P, block_size, int8=int8) for _ in "kv") for P in sizes]
+    return stacked(layers) if config.scan_layers else tuple(layers)
+
+
+def pool_shardings(program: Program, shapes: Any) -> Any:
+    """Where pools lie: split by heads, as attention is, where the mesh divides them."""
+
+    def where(blocks: Blocks) -> Blocks:
+        stack = (None,) * (blocks.values.ndim - len(BLOCK_NAMES))
+        scales = None if blocks.scales is None else on_mesh(program, (*stack, *BLOCK_NAMES[:-1]), blocks.scales.shape)
+        return Blocks(on_mesh(program, (*stack, *BLOCK_NAMES), blocks.values.shape), scales)
+
+    return jax.tree.map(where, shapes, is_leaf=lambda node: isinstance(node, Blocks))
+
+
+def on_mesh(program: Program, names: Names, shape: tuple[int, ...]) -> NamedSharding:
     """Where an array lies between two steps: written as XLA writes it, so that no step is compiled twice for it."""
     bound = list(spec(names, program.rules, program.mesh)) if program.mesh.size > 1 else []
+    for dim, axes in enumerate(bound):
+        if shape[dim] % math.prod(program.mesh.shape[axis] for axis in axes_of(axes)):
+            bound[dim] = None
     while bound and bound[-1] is None:
         bound.pop()
     return NamedSharding(program.mesh, P(*bound))
 
 
-def cache_names(cache: Any) -> Names:
-    """Logical names of one array of a memory, stacked or not."""
-    return (None,) * (cache.ndim - len(CACHE_NAMES)) + CACHE_NAMES
+def stacked(trees: Any) -> Any:
+    """Trees of one structure as one whose leaves have a leading L."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
-@functools.partial(jax.jit, static_argnames=("program", "slots"))
-def grown_memory(memory: Any, *, program: Program, slots: int) -> Any:
-    """The same cache with more slots."""
+def memories(program: Program, shape: Shape, batch: Batch, pools: Any) -> Any:
+    """What each layer's attention reads and extends."""
+    config, within = program.config, shape.positions_within
+    first = {}  # of each kind: the rows and where tokens are written
+    for kind, tables in batch.tables.items():
+        rows = Ragged(tables, jnp.asarray(shape.starts), batch.lengths, batch.positions)
+        _, _, Z, _ = jax.tree.leaves(pools)[0].shape[-4:]
+        position = batch.positions[shape.owners] + within
+        block = tables.at[shape.owners, position // Z].get(mode="clip")
+        is_token = within < batch.lengths[shape.owners]
+        first[kind] = rows, jnp.where(is_token, block * Z + position % Z, position % Z)
+    how = {"groups": shape.groups, "kernel": config.kernel}
+    if config.scan_layers:
+        k, v = pools
+        rows, slots = stacked([first[kind] for kind in config.layer_kinds])
+        return Paged(k=k, v=v, rows=rows, slots=slots, **how)
+    layers = zip(config.layer_kinds, pools, strict=True)
+    return tuple(Paged(k=k, v=v, rows=first[kind][0], slots=first[kind][1], **how) for kind, (k, v) in layers)
+
+
+def pools_of(memory: Any) -> Any:
+    """The pools of memories that have been extended."""
+    pair = lambda paged: (paged.k, paged.v)  # noqa: E731
+    return pair(memory) if isinstance(memory, Paged) else tuple(pair(paged) for paged in memory)
+
+
+@functools.partial(jax.jit, static_argnames=("program", "shape"), donate_argnames=("slots", "pools"))
+def step(parameters: Parameters, slots: Slots, pools: Any, batch: Batch, *, program: Program, shape: Shape) -> Stepped:
+    """Compute a batch's tokens and choose what comes after each row's tokens and each tile's last one."""
     with use(program.mesh, program.rules):
-        return placed(dense_grown(memory, slots))
+        model = decoder(program.config, parameters)
+        owners, within = shape.owners, shape.positions_within
+        tokens = jnp.where(batch.tokens < 0, slots.token[batch.slots[owners]], batch.tokens)
+        is_token = within < batch.lengths[owners]
+        queries = Queries((batch.positions[owners] + within)[:, None], is_token.astype(jnp.int32)[:, None])
+        hidden, memory = model(tokens[:, None], queries, memories(program, shape, batch, pools))
+        chosen_by, place_ = shape.chosen_by, shape.places_chosen
+        last = jnp.asarray(shape.starts)[chosen_by] + jnp.where(
+            chosen_by < shape.rows, place_, jnp.maximum(batch.lengths[chosen_by] - 1, 0)
+        )
+        logits = rearrange(model.logits(hidden[last]), "O 1 V -> O V")
+        logits = place(logits, (None, None))
+        slot, index = batch.slots[chosen_by], batch.index[chosen_by] + place_
+        guesses = guessed(shape, batch, tokens)
+        choice = choose(logits, slots, slot, index, num_tokens=program.num_tokens, drafts=guesses)
+        is_taken = taken(shape, batch, tokens, choice.tokens)
+        slots = record(slots, slot, choice.tokens, is_taken)
+        return Stepped(everywhere(slots), pools_of(memory), everywhere(choice), everywhere(is_taken))
+
+
+def guessed(shape: Shape, batch: Batch, tokens: Int[Array, "T"]) -> Int[Array, "O w"] | None:
+    """For each choice the guesses that it supposes to be right, -1 where there is none; None where nothing is guessed."""
+    if shape.width == 1:
+        return None
+    rows = rearrange(tokens[: shape.rows * shape.width], "(B W) -> B W", W=shape.width)[:, 1:]
+    supposed = np.arange(shape.width)[:, None] > np.arange(shape.width - 1)[None]  # [W, W - 1]
+    rows = jnp.where(supposed[None], rows[:, None], -1)
+    tiles = jnp.full((shape.tiles, shape.width - 1), -1, tokens.dtype)
+    return jnp.concatenate([rearrange(rows, "B W w -> (B W) w"), tiles])
+
+
+def taken(shape: Shape, batch: Batch, tokens: Int[Array, "T"], chosen: Int[Array, "O"]) -> Bool[Array, "O"]:
+    """A row's first choice counts; each further one does where all guesses before it are what was chosen."""
+    W, num = shape.width, shape.rows * shape.width
+    rows, guesses = (rearrange(x[:num], "(B W) -> B W", W=W) for x in (chosen, tokens))
+    right = jnp.cumprod(guesses[:, 1:] == rows[:, :-1], axis=1).astype(bool)
+    right = jnp.concatenate([jnp.ones((shape.rows, 1), bool), right], axis=1)
+    right = right & (jnp.arange(W)[None] < batch.lengths[: shape.rows, None])
+    flat = jnp.concatenate([right.reshape(-1), batch.lengths[shape.rows :] > 0])
+    return flat & batch.chooses[shape.chosen_by]
 
 
 @functools.partial(jax.jit, static_argnames="program")
-def spread(
-    logits: Float[Array, "b V"], memory: Any, source: Int[Array, "B"], *, program: Program
-) -> tuple[Float[Array, "B V"], Any]:
-    """Rows that share a prompt read it once: row i gets what row source[i] has."""
+def score(parameters: Parameters, tokens: Int[Array, "B t"], *, program: Program) -> Float[Array, "B T"]:
+    """Log-probability of each token but the first, given those before it: no cache. t - 1 is a power of two."""
     with use(program.mesh, program.rules):
-        return jnp.take(logits, source, axis=0), placed(dense_rows(memory, source))
+        model = decoder(program.config, parameters)
+        hidden, _ = model(tokens[:, :-1], whole_rows(tokens[:, :-1]), Packed(program.config.kernel))
+        B, T, _ = hidden.shape
+        at_once = min(T, power_of_two(SCORED_AT_ONCE // B))
+        pieces = (
+            rearrange(hidden, "B (n t) D -> n B t D", t=at_once),
+            rearrange(tokens[:, 1:], "B (n t) -> n B t", t=at_once),
+        )
+        logprobs = jax.lax.map(lambda piece: logprobs_of(model.logits(piece[0]), piece[1]), pieces)
+        return everywhere(rearrange(logprobs, "n B t -> B (n t)"))
 
 
-def placed(memory: Any) -> Any:
-    """A cache on its mesh."""
-    return jax.tree.map(lambda cache: place(cache, cache_names(cache)), memory)
-
-
-@functools.partial(jax.jit, static_argnames=("program", "begins"), donate_argnames=("logits", "memory"))
-def prefill(
-    parameters: Parameters,
-    tokens: Int[Array, "B T"],
-    start: Int[Array, "B"],
-    lengths: Int[Array, "B"],
-    logits: Float[Array, "B V"],
-    memory: Any,
-    *,
-    program: Program,
-    begins: bool,
-) -> Prefilled:
-    """Read a piece of each row's prompt: tokens stand from `start` on, the first `lengths` of them count.
-
-    A row may end in this piece (its next-token logits are set), have ended before (length <= 0: its logits are kept)
-    or go on in the next one (length > T). `begins` says that every row starts at 0: no query looks at the cache.
-    """
+@functools.partial(jax.jit, static_argnames="program")
+def embed(
+    parameters: Parameters, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], *, program: Program
+) -> Float[Array, "B D"]:
+    """The mean of each text's final hidden states, of length one."""
     _, T = tokens.shape
     with use(program.mesh, program.rules):
         model = decoder(program.config, parameters)
-        hidden, memory = model(tokens, queries_from(start, T), beginning(memory) if begins else memory)
-        memory = begun(memory) if begins else memory
-        last = jnp.take_along_axis(hidden, jnp.clip(lengths - 1, 0, T - 1)[:, None, None], axis=1)
-        logits = place(jnp.where((lengths > 0)[:, None], model.logits(last)[:, 0], logits), (None, None))
-    return Prefilled(logits, hidden, memory)
+        hidden, _ = model(tokens, whole_rows(tokens), Packed(program.config.kernel))
+        is_token = jnp.arange(T)[None] < lengths[:, None]
+        mean = jnp.sum(jnp.where(is_token[..., None], hidden.astype(jnp.float32), 0.0), axis=1)
+        return everywhere(mean / jnp.maximum(jnp.linalg.norm(mean, axis=-1, keepdims=True), 1e-30))
 
 
-def beginning(memory: Any) -> Any:
-    """A cache in which nothing is to be looked up yet."""
-    return jax.tree.map(Beginning, memory, is_leaf=lambda node: isinstance(node, Dense))
+def whole_rows(tokens: Int[Array, "B T"]) -> Queries:
+    """Every row is one text from its first token on."""
+    B, T = tokens.shape
+    return Queries(jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T)), jnp.ones((B, T), jnp.int32))
 
 
-def begun(memory: Any) -> Any:
-    """The cache, with something in it."""
-    return jax.tree.map(lambda node: node.cache, memory, is_leaf=lambda node: isinstance(node, Beginning))
+def over_blocks(change, *pools: Any) -> Any:
+    """Apply to the values and the scales of every layer's blocks, seen as [..., P, K, Z, …] with the axis of P."""
 
-
-def queries_from(start: Int[Array, "B"], length: int) -> Queries:
-    """`length` consecutive positions from each row's start; to a cache all of them are one document."""
-    positions = start[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
-    return Queries(positions, jnp.ones_like(positions))
-
-
-@functools.partial(jax.jit, static_argnames="program")
-def target_logprobs(
-    parameters: Parameters, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"], *, program: Program
-) -> Float[Array, "B T"]:
-    """Log-probability of each target after its hidden state, a few positions at a time. T is a power of two."""
-    B, T, _ = hidden.shape
-    at_once = min(T, power_of_two(SCORED_AT_ONCE // B))
-    pieces = rearrange(hidden, "B (n t) D -> n B t D", t=at_once), rearrange(targets, "B (n t) -> n B t", t=at_once)
-    with use(program.mesh, program.rules):
-        model = decoder(program.config, parameters)
-        logprobs = jax.lax.map(lambda piece: logprobs_of(model.logits(piece[0]), piece[1]), pieces)
-    return rearrange(logprobs, "n B t -> B (n t)")
-
-
-@functools.partial(jax.jit, static_argnames="program")
-def first(
-    logits: Float[Array, "B V"],
-    seen: Bool[Array, "B V"],
-    position: Int[Array, "B"],
-    limits: Limits,
-    knobs: Knobs,
-    *,
-    program: Program,
-) -> tuple[Cursor, Chunk]:
-    """Choose each row's first token from its prompt's logits; rows without a budget have ended from the start."""
-    none = jnp.zeros_like(position)
-    choice = choose(logits, seen, none, knobs, num_tokens=program.num_tokens)
-    cursor = advanced(Cursor(none, position - 1, none, limits.budget <= 0, seen), choice, limits)
-    with use(program.mesh, program.rules):
-        return everywhere(cursor), everywhere(Chunk(*columns(choice)))
-
-
-def advanced(cursor: Cursor, choice: Choice, limits: Limits) -> Cursor:
-    """The cursor after each unfinished row took its choice."""
-    (B,) = cursor.token.shape
-    token = jnp.where(cursor.finished, cursor.token, choice.tokens)
-    one = (~cursor.finished).astype(jnp.int32)
-    index = cursor.index + one
-    return Cursor(
-        token=token,
-        position=cursor.position + one,
-        index=index,
-        finished=cursor.finished | limits.is_end[token] | (index >= limits.budget),
-        seen=cursor.seen.at[jnp.arange(B), token].set(True),
-    )
-
-
-@functools.partial(jax.jit, static_argnames="program", donate_argnames=("cursor", "memory"))
-def decode(
-    parameters: Parameters,
-    cursor: Cursor,
-    memory: Any,
-    limits: Limits,
-    knobs: Knobs,
-    stopped: Bool[Array, "B"],
-    steps: Int[Array, ""],
-    *,
-    program: Program,
-) -> tuple[Cursor, Any, Chunk]:
-    """Up to `steps` more tokens a row without the host; ends early when every row has ended.
-
-    `stopped` are rows that the host ended since the last dispatch. `steps` is data, so that any number of them up to
-    CHUNK is the same compiled program.
-    """
-    (B,) = cursor.token.shape
-    cursor = cursor._replace(finished=cursor.finished | stopped)
-
-    def going(carry):
-        step, cursor, *_ = carry
-        return (step < steps) & ~jnp.all(cursor.finished)
-
-    def body(carry):
-        step, cursor, memory, chunk = carry
-        hidden, memory = model(cursor.token[:, None], queries_from(cursor.position, 1), memory)
-        logits = rearrange(model.logits(hidden), "B 1 V -> B V")
-        choice = choose(logits, cursor.seen, cursor.index, knobs, num_tokens=program.num_tokens)
-        written = (
-            jax.lax.dynamic_update_slice_in_dim(had, new, step, 1)
-            for had, new in zip(chunk, columns(choice), strict=True)
+    def both(*blocks: Blocks) -> Blocks:
+        axis = blocks[0].values.ndim - 4
+        scales = [one.scales for one in blocks]
+        return Blocks(
+            change(axis, *(one.values for one in blocks)), None if scales[0] is None else change(axis, *scales)
         )
-        return step + 1, advanced(cursor, choice, limits), memory, Chunk(*written)
 
-    with use(program.mesh, program.rules):
-        model = decoder(program.config, parameters)
-        empty = Chunk(jnp.zeros((B, CHUNK), jnp.int32), jnp.zeros((B, CHUNK), jnp.float32))
-        _, cursor, memory, chunk = jax.lax.while_loop(going, body, (jnp.int32(0), cursor, memory, empty))
-        return everywhere(cursor), memory, everywhere(chunk)
+    return jax.tree.map(both, *pools, is_leaf=lambda node: isinstance(node, Blocks))
+
+
+@functools.partial(jax.jit, donate_argnames="pools")
+def copy_blocks(pools: Any, source: Int[Array, "n"], target: Int[Array, "n"]) -> Any:
+    """Pools in which some blocks hold what others do; block 0 may be both, to fill up."""
+    return over_blocks(lambda axis, pool: put(pool, target, jnp.take(pool, source, axis=axis), axis), pools)
+
+
+@jax.jit
+def read_blocks(pools: Any, blocks: Int[Array, "n"]) -> Any:
+    """The contents of some blocks: as pools of n blocks."""
+    return over_blocks(lambda axis, pool: jnp.take(pool, blocks, axis=axis), pools)
+
+
+@functools.partial(jax.jit, donate_argnames="pools")
+def write_blocks(pools: Any, blocks: Int[Array, "n"], contents: Any) -> Any:
+    """Pools in which these blocks hold the contents."""
+    return over_blocks(lambda axis, pool, new: put(pool, blocks, new, axis), pools, contents)
+
+
+def put(pool: Array, blocks: Int[Array, "n"], new: Array, axis: int) -> Array:
+    """The pool with new contents in some blocks."""
+    return pool.at[(slice(None),) * axis + (blocks,)].set(new)
 
 
 def everywhere(small: Any) -> Any:
-    """Whole on every device: the next step finds a cursor where this one did, and every process reads a chunk."""
+    """Whole on every device: the next step finds it where this one did, and every process reads it."""
     return jax.tree.map(lambda x: place(x, (None,) * x.ndim), small)
-
-
-def columns(choice: Choice) -> tuple[Int[Array, "B 1"], Float[Array, "B 1"]]:
-    """A choice as one column of a chunk."""
-    return choice.tokens[:, None], choice.logprobs[:, None]
 
 
 def power_of_two(number: int) -> int:

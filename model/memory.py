@@ -1,4 +1,4 @@
-"""What a query can look back at: the batch itself (Packed, Ring, GatheredKV) or a cache (Dense, Beginning).
+"""What a query can look back at: the batch itself (Packed, Ring, GatheredKV) or a cache (Dense, Paged).
 
 Knows no weights.
 """
@@ -16,13 +16,18 @@ from jaxtyping import Array, Float, Int
 from model.config import ModelConfig
 from ops import attention
 from ops.attention import Places
+from ops.ragged import Blocks, Groups, Ragged, quantized
 from parallel import ring_attention
 from parallel.sharding import place
 
 # Modules with `forward` and `backward`: attention to keys in any order.
 KERNELS = {"plain": "ops.attention", "pallas": "ops.flash_attention"}
 
+# Modules with `attend`: queries of rows of any lengths to blocks.
+PAGED_KERNELS = {"plain": "ops.paged_reference", "pallas": "parallel.paged_attention"}
+
 CACHE_NAMES = ("batch", "act_heads", None, None)
+BLOCK_NAMES = (None, "act_heads", None, None)
 
 
 def kernel(name: str) -> Any:
@@ -133,23 +138,40 @@ class Dense:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Beginning:
-    """A Dense cache at the start of its sequences: nothing to look back at, so a query looks at its own batch alone.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Paged:
+    """A cache in blocks that any sequences share: which block a token is written to, and which a query sees, is said.
 
-    The same answers as from Dense, without the products with slots that no query sees.
+    Tokens stand flat, [T, 1]: rows of any lengths, one after the other.
     """
 
-    cache: Dense
+    k: Blocks  # [P, K, Z, H]; all leaves are stacked [L, ...] where layers are
+    v: Blocks
+    rows: Ragged
+    slots: Any  # [T], where each token is written: block · Z + place in it; block 0 takes what nobody wants
+    groups: Groups = dataclasses.field(metadata={"static": True})
+    kernel: str = dataclasses.field(metadata={"static": True})  # a key of PAGED_KERNELS
 
     def attend(self, q, k, v, queries: Queries, rule: Rule):
-        """Write T tokens into the first T slots of every row; what a query sees stands in `k` and `v` already."""
-        T, (scale, softcap, window) = k.shape[1], rule
-        mine, own = (self.cache.k, self.cache.v), jnp.ones_like(queries.segments)
-        new = (rearrange(x, "B T K H -> B K T H").astype(cache.dtype) for x, cache in zip((k, v), mine, strict=True))
-        after = (place(cache.at[:, :, :T].set(x), CACHE_NAMES) for cache, x in zip(mine, new, strict=True))
-        out = attention.causal(q, k, v, own, window=window, scale=scale, softcap=softcap)
-        return out, Beginning(Dense(*after))
+        """Write all tokens, then look: tokens of one sequence may stand in several rows of the batch."""
+        q, k, v = (rearrange(x, "T 1 N H -> T N H") for x in (q, k, v))
+        k, v = _written(self.k, k, self.slots), _written(self.v, v, self.slots)
+        attend = importlib.import_module(PAGED_KERNELS[self.kernel]).attend
+        out = attend(q, k, v, self.rows, groups=self.groups, **rule._asdict())
+        return rearrange(out, "T N H -> T 1 N H"), dataclasses.replace(self, k=k, v=v)
+
+
+def _written(blocks: Blocks, new: Float[Array, "T K H"], slots: Int[Array, "T"]) -> Blocks:
+    """The blocks with each token in its slot, in place where they are donated."""
+    _, _, Z, _ = blocks.values.shape
+    block, place_ = slots // Z, slots % Z
+    if blocks.scales is None:
+        values, scales = new.astype(blocks.values.dtype), None
+    else:
+        values, factor = quantized(new)
+        scales = blocks.scales.at[block, :, place_].set(factor, mode="promise_in_bounds")
+    values = blocks.values.at[block, :, place_].set(values, mode="promise_in_bounds")
+    return Blocks(place(values, BLOCK_NAMES), scales)
 
 
 def _write(cache: Float[Array, "B K S H"], new: Float[Array, "B T K H"], positions: Int[Array, "B T"]):
@@ -169,16 +191,9 @@ def dense_cache(config: ModelConfig, batch: int, slots: int) -> "Dense | tuple[D
     return tuple(Dense(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers))
 
 
-def dense_rows(memory: "Dense | tuple[Dense, ...]", rows: Int[Array, "b"]) -> "Dense | tuple[Dense, ...]":
-    """The memory whose row i is row rows[i] of this one: rows are dropped, moved or repeated."""
-    return jax.tree.map(lambda cache: jnp.take(cache, rows, axis=cache.ndim - 4), memory)
-
-
-def dense_grown(memory: "Dense | tuple[Dense, ...]", slots: int) -> "Dense | tuple[Dense, ...]":
-    """The same memory with more slots, the new ones empty."""
-
-    def grown(cache):
-        *_, S, _ = cache.shape
-        return jnp.pad(cache, [(0, 0)] * (cache.ndim - 2) + [(0, slots - S), (0, 0)])
-
-    return jax.tree.map(grown, memory)
+def empty_blocks(config: ModelConfig, num_blocks: int, block_size: int, *, int8: bool) -> Blocks:
+    """Keys or values of one layer: nothing in them yet."""
+    shape = (num_blocks, config.num_kv_heads, block_size, config.head_dim)
+    if int8:
+        return Blocks(jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:-1], jnp.float32))
+    return Blocks(jnp.zeros(shape, jnp.dtype(config.compute_dtype)), None)

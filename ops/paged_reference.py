@@ -5,6 +5,9 @@ follows the longest row of the batch and not the longest that a table could hold
 changes nothing of the row, to the bit: a row's result does not depend on the others'.
 """
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -12,7 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from ops.ragged import Blocks, Groups, Ragged
 
-SLOTS = 128  # keys that are looked at together
+SLOTS = 128  # keys that are looked at together: what stays in a core's cache (docs/benchmarks/serving.md)
+TOGETHER = 8  # rows whose loop is as long as the longest of them needs
 HIDDEN = -1e30  # a logit that weighs nothing
 
 
@@ -32,12 +36,22 @@ def attend(
     for count, width in groups:
         mine = Ragged(*(x[row : row + count] for x in rows))
         part = rearrange(q[token : token + count * width], "(B t) N H -> B t N H", B=count)
-        outs.append(_rectangle(part, k, v, mine, window=window, scale=scale, softcap=softcap))
+        look = functools.partial(_rectangle, k=k, v=v, window=window, scale=scale, softcap=softcap)
+        outs.append(_in_turns(look, part, mine))
         row, token = row + count, token + count * width
     return jnp.concatenate([rearrange(out, "B t N H -> (B t) N H") for out in outs])
 
 
-def _rectangle(q: Float[Array, "B t N H"], k: Blocks, v: Blocks, rows: Ragged, *, window, scale, softcap):
+def _in_turns(look: Callable, q: Float[Array, "B t N H"], rows: Ragged) -> Float[Array, "B t N H"]:
+    """A few rows at a time: of many rows in the order of their lengths, most need not wait for the longest."""
+    B = len(q)
+    if B <= TOGETHER or B % TOGETHER:
+        return look(q, rows)
+    apart = jax.tree.map(lambda x: rearrange(x, "(i b) ... -> i b ...", b=TOGETHER), (q, rows))
+    return rearrange(jax.lax.map(lambda part: look(*part), apart), "i b t N H -> (i b) t N H")
+
+
+def _rectangle(q: Float[Array, "B t N H"], rows: Ragged, *, k: Blocks, v: Blocks, window, scale, softcap):
     """Rows of the same number of queries."""
     B, t, N, H = q.shape
     P, K, Z, _ = k.values.shape

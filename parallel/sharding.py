@@ -136,6 +136,29 @@ def place(x: Shaped[Array, "..."], names: Names) -> Shaped[Array, "..."]:
     return jax.lax.with_sharding_constraint(x, fitting(names, x.shape, mesh, rules))
 
 
+def divides(name: str, size: int) -> bool:
+    """Whether the ambient automatic layout splits a dim of this name and size evenly."""
+    layout = _LAYOUT.get()
+    return (
+        layout is not None
+        and size % math.prod(layout.mesh.shape[axis] for axis in axes_of(getattr(layout.rules, name))) == 0
+    )
+
+
+def by_device(function: Callable[..., Any], arguments: tuple[Any, ...], names: tuple[Names, ...], *, out: Names) -> Any:
+    """Call a function on every device with its parts of the arguments: one that XLA cannot split, such as a kernel.
+
+    `names` are of each argument's first dims, or of those of all arrays in it. On one device it is simply called.
+    """
+    layout = _LAYOUT.get()
+    if layout is None or layout.is_manual or layout.mesh.size == 1:
+        return function(*arguments)
+    mesh, rules, _ = layout
+    *parts, result = (spec(one, rules, mesh) for one in (*names, out))
+    split = jax.shard_map(function, mesh=mesh, in_specs=tuple(parts), out_specs=result, check_vma=False)
+    return split(*arguments)
+
+
 # Both
 
 

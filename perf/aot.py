@@ -21,13 +21,11 @@ from jax.sharding import PartitionSpec as P
 from data.config import DataConfig
 from data.tokenizer import ByteTokenizer
 from inference import steps as serving
-from inference.cache import slots_for
-from inference.config import SamplingConfig
-from inference.engine import PIECE, SMALLEST_PIECE
-from inference.sampling import knobs
-from inference.steps import Cursor, Limits, Program, power_of_two
-from model.config import ModelConfig
-from model.memory import dense_cache
+from inference.config import EngineConfig
+from inference.engine import kinds_of
+from inference.sampling import empty_slots
+from inference.steps import TILE, Batch, Program, Shape, power_of_two
+from model.config import ModelConfig, with_kernels
 from model.parameters import abstract, shardings, summed_dims
 from parallel.compilation import TPU_OPTIONS
 from parallel.config import AxisRules, ExecutionConfig, MeshConfig
@@ -156,28 +154,34 @@ def _train(work: Work, mesh: Mesh) -> tuple[jax.stages.Lowered, dict[str, int], 
 
 
 def _prefill(work: Work, mesh: Mesh) -> tuple[jax.stages.Lowered, dict[str, int], int]:
-    """The largest piece of a prompt, the last one: what came before it stands in the cache."""
-    program, parameters, cache, rows = served(work, mesh)
-    tokens = min(max(power_of_two(work.length), SMALLEST_PIECE), PIECE)
-    numbers = lambda *shape: everywhere(mesh, shape, jnp.int32)  # noqa: E731
-    logits = everywhere(mesh, (rows, work.model.vocab_size), jnp.float32)
-    arguments = (parameters, numbers(rows, tokens), numbers(rows), numbers(rows), logits, cache)
-    step = serving.prefill.lower(*arguments, program=program, begins=work.length <= PIECE)
-    return step, *_served_sizes(work, mesh, arguments, cache, rows=rows, tokens=tokens)
+    """The largest piece of prompts that the engine reads in a step, whatever came before it stands in the cache."""
+    most = power_of_two(max(1, EngineConfig().chunk // TILE))
+    return _serve(
+        work, mesh, Shape(rows=0, width=1, tiles=min(power_of_two(-(-work.batch * work.length // TILE)), most))
+    )
 
 
 def _decode(work: Work, mesh: Mesh) -> tuple[jax.stages.Lowered, dict[str, int], int]:
-    """One dispatch; its loop ends when the data say so, so all counts are of one token."""
-    program, parameters, cache, rows = served(work, mesh)
-    numbers = lambda *shape: everywhere(mesh, shape, jnp.int32)  # noqa: E731
-    flags = lambda *shape: everywhere(mesh, shape, jnp.bool_)  # noqa: E731
-    V = work.model.vocab_size
-    cursor = Cursor(numbers(rows), numbers(rows), numbers(rows), flags(rows), flags(rows, V))
-    settings = jax.tree.map(lambda x: everywhere(mesh, x.shape, x.dtype), knobs([SamplingConfig()] * rows))
-    limits = Limits(flags(V), numbers(rows))
-    arguments = (parameters, cursor, cache, limits, settings, flags(rows), numbers())
-    step = serving.decode.lower(*arguments, program=program)
-    return step, *_served_sizes(work, mesh, arguments, cache, rows=rows, tokens=1)
+    """A token of every sequence."""
+    return _serve(work, mesh, Shape(rows=power_of_two(work.batch), width=1, tiles=0))
+
+
+def _serve(work: Work, mesh: Mesh, shape: Shape) -> tuple[jax.stages.Lowered, dict[str, int], int]:
+    """The engine's step with a cache for all sequences of that length."""
+    served = served_arrays(work, mesh, shape)
+    arguments = (served.parameters, served.slots, served.pools, served.batch)
+    held = lambda tree: sum(memory.leaf_bytes(leaf, leaf.sharding) for leaf in jax.tree.leaves(tree))  # noqa: E731
+    chosen = len(shape.chosen_by)
+    sizes = memory.serving(
+        work.model,
+        mesh,
+        work.rules,
+        weights=held(served.parameters),
+        cache=held(served.pools),
+        rows=chosen,
+        tokens=len(shape.owners) // chosen,
+    )
+    return serving.step.lower(*arguments, program=served.program, shape=shape), sizes, held(arguments)
 
 
 LOWER: dict[Step, Callable[[Work, Mesh], tuple[jax.stages.Lowered, dict[str, int], int]]] = {
@@ -187,11 +191,52 @@ LOWER: dict[Step, Callable[[Work, Mesh], tuple[jax.stages.Lowered, dict[str, int
 }
 
 
-def served(work: Work, mesh: Mesh) -> tuple[Program, Any, Any, int]:
-    """What the engine gives its steps: the program, parameters as they are served, the cache, and its rows."""
-    model = dataclasses.replace(work.model, scan_layers=False, remat="none")
-    program = Program(model, mesh, work.rules, model.vocab_size)
-    rows, (_, shapes, names) = program.batch(work.batch), abstract(model)
+class Served(NamedTuple):
+    """What the engine gives its step, without the numbers."""
+
+    program: Program
+    parameters: Any
+    slots: Any
+    pools: Any
+    batch: Batch
+
+
+def served_arrays(work: Work, mesh: Mesh, shape: Shape) -> Served:
+    """Of an engine whose cache is as large as the sequences need; ValueError for kernels that its devices don't run."""
+    platform = mesh.devices.flat[0].platform
+    model = with_kernels(dataclasses.replace(work.model, scan_layers=False, remat="none"), platform)
+    program, options = Program(model, mesh, work.rules, model.vocab_size), EngineConfig()
+    blocks = -(-work.length // options.block_size)  # of a sequence
+    options = dataclasses.replace(
+        options, max_rows=power_of_two(work.batch), cache_tokens=work.batch * blocks * options.block_size
+    )
+    kinds = kinds_of(model, options)
+    num_blocks = {kind.name: kind.num_blocks for kind in kinds}
+    pools = jax.eval_shape(lambda: serving.new_pools(model, num_blocks, options.block_size, int8=False))
+    slots = jax.eval_shape(lambda: empty_slots(options.max_rows, model.vocab_size))
+    num = shape.rows + shape.tiles
+    numbers = lambda *shape: everywhere(mesh, shape, jnp.int32)  # noqa: E731
+    batch = Batch(
+        tokens=numbers(len(shape.owners)),
+        slots=numbers(num),
+        positions=numbers(num),
+        lengths=numbers(num),
+        index=numbers(num),
+        chooses=everywhere(mesh, (num,), jnp.bool_),
+        tables={kind.name: numbers(num, blocks) for kind in kinds},
+    )
+    return Served(
+        program=program,
+        parameters=served_parameters(model, mesh, work.rules),
+        slots=jax.tree.map(lambda x: everywhere(mesh, x.shape, x.dtype), slots),
+        pools=located(pools, serving.pool_shardings(program, pools)),
+        batch=batch,
+    )
+
+
+def served_parameters(model: ModelConfig, mesh: Mesh, rules: AxisRules) -> Any:
+    """Matrices in the type that they multiply in."""
+    _, shapes, names = abstract(model)
     is_names = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
     dtypes = jax.tree.map(
         lambda names, leaf: leaf.dtype if summed_dims(names) is None else model.compute_dtype,
@@ -199,27 +244,17 @@ def served(work: Work, mesh: Mesh) -> tuple[Program, Any, Any, int]:
         shapes,
         is_leaf=is_names,
     )
-    parameters = jax.tree.map(
+    return jax.tree.map(
         lambda leaf, where, dtype: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=where),
         shapes,
-        shardings(model, mesh, work.rules),
+        shardings(model, mesh, rules),
         dtypes,
     )
-    cache = jax.eval_shape(lambda: dense_cache(model, rows, slots_for(work.length)))
-    places = jax.tree.map(lambda x: serving.on_mesh(program, serving.cache_names(x)), cache)
-    return program, parameters, located(cache, places), rows
 
 
 def everywhere(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> Any:
     """An array that every device has whole."""
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P()))
-
-
-def _served_sizes(work: Work, mesh: Mesh, arguments: Any, cache: Any, *, rows: int, tokens: int) -> tuple[dict, int]:
-    held = lambda tree: sum(memory.leaf_bytes(leaf, leaf.sharding) for leaf in jax.tree.leaves(tree))  # noqa: E731
-    weights = held(arguments[0])
-    sizes = memory.serving(work.model, mesh, work.rules, weights=weights, cache=held(cache), rows=rows, tokens=tokens)
-    return sizes, held(arguments)
 
 
 # Compiling ------------------------------------------------------------------------------------------------------------

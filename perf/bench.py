@@ -13,8 +13,10 @@ import jax
 import numpy as np
 
 from data.packing import Batch
-from inference.config import SamplingConfig
-from inference.engine import Engine, Row
+from inference.config import EngineConfig, SamplingConfig
+from inference.engine import Engine
+from inference.generate import cache_for
+from inference.request import Request
 from inference.weights import serving_parameters
 from model import cost, families
 from model.config import ModelConfig
@@ -86,12 +88,14 @@ def decode_work(model: ModelConfig, bench: BenchConfig) -> Work:
     greedy, B = SamplingConfig(temperature=0.0), bench.batch
 
     def round_() -> float:
-        stream = engine.stream([Row(prompt, greedy, bench.tokens + 1) for prompt in prompts()], ())
-        next(stream)
-        start = time.perf_counter()
-        for _ in stream:
-            pass
-        return time.perf_counter() - start
+        stream = engine.run([Request(prompt=p, sampling=greedy, max_tokens=bench.tokens + 1) for p in prompts()])
+        begun: set[int] = set()
+        while len(begun) < B:
+            begun |= {output.id for output in next(stream)}
+        start, counted = time.perf_counter(), 0
+        for outputs in stream:
+            counted += sum(len(output.tokens) for output in outputs)
+        return (time.perf_counter() - start) / counted * B * bench.tokens
 
     middle = bench.length + bench.tokens // 2
     flops = cost.decode_flops(model, middle) * B * bench.tokens
@@ -105,9 +109,9 @@ def prefill_work(model: ModelConfig, bench: BenchConfig) -> Work:
     greedy = SamplingConfig(temperature=0.0)
 
     def round_() -> float:
-        rows = [Row(prompt, greedy, 1) for prompt in prompts()]
+        requests = [Request(prompt=prompt, sampling=greedy, max_tokens=1) for prompt in prompts()]
         start = time.perf_counter()
-        for _ in engine.stream(rows, ()):
+        for _ in engine.run(requests):
             pass
         return time.perf_counter() - start
 
@@ -124,7 +128,9 @@ def _engine(model: ModelConfig, bench: BenchConfig) -> tuple[Engine, Callable[[]
     def prompts() -> list[tuple[int, ...]]:
         return [tuple(row) for row in random.integers(0, model.vocab_size, (bench.batch, bench.length)).tolist()]
 
-    return Engine(config, parameters, mesh, RULES, num_tokens=model.vocab_size), prompts
+    room = cache_for([bench.length + bench.tokens + 1] * bench.batch)
+    options = EngineConfig(max_rows=bench.batch, cache_tokens=room, prefix_cache=False)
+    return Engine(config, parameters, mesh, RULES, num_tokens=model.vocab_size, options=options), prompts
 
 
 KINDS: dict[Kind, tuple[Callable[[], ModelConfig], Callable[[ModelConfig, BenchConfig], Work]]] = {

@@ -4,7 +4,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from data.chat import ChatTemplate, Message, Rendered, encode, render, template_of
+from data.chat import ChatTemplate, Message, Rendered, ToolCall, encode, render, takes_tools, template_of
 from data.huggingface_tokenizer import HuggingFaceTokenizer
 
 CHATML = ChatTemplate(
@@ -80,6 +80,48 @@ def test_control_tokens_in_a_message_stay_text(attack):
     assert [piece for piece, is_control in pieces if is_control] == ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
     assert "".join(piece for piece, _ in pieces) == render(CHATML._replace(controls={}), [Message("user", attack)]).text
     assert not rendered.is_plain
+
+
+TOOLS = ChatTemplate(
+    "{% if tools %}<|im_start|>{% for tool in tools %}{{ tool | tojson }}{% endfor %}<|im_end|>{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.name %} {{ m.name }}{% endif %}: {{ m.content }}"
+    "{% for call in m.tool_calls %}{{ call.function.name }}({{ call.function.arguments | tojson }}){% endfor %}"
+    "{% if m.tool_call_id %} for {{ m.tool_call_id }}{% endif %}<|im_end|>{% endfor %}",
+    controls={"<|im_start|>": 1, "<|im_end|>": 2},
+)
+
+
+def test_tools_and_their_calls_reach_the_template():
+    call = ToolCall("add", {"a": 1, "b": "ä"}, "call-1")
+    turns = [*HI, Message("assistant", "", calls=(call,)), Message("tool", "3", call_id="call-1", name="add")]
+    assert render(TOOLS, turns, tools=[{"name": "add"}]).text == (
+        '<|im_start|>{"name": "add"}<|im_end|>'
+        "<|im_start|>user: Hi<|im_end|>"
+        '<|im_start|>assistant: add({"a": 1, "b": "ä"})<|im_end|>'
+        "<|im_start|>tool add: 3 for call-1<|im_end|>"
+    )
+    assert takes_tools(TOOLS)
+    assert not takes_tools(CHATML)
+    assert not takes_tools(ChatTemplate("{% set tools = 1 %}{{ tools }}"))
+
+
+@pytest.mark.parametrize(
+    ("turn", "tool"),
+    [
+        (Message("user", "", name="<|im_end|>"), {}),
+        (Message("tool", "", call_id="<|im_end|>"), {}),
+        (Message("assistant", "", calls=(ToolCall("<|im_end|>", {}),)), {}),
+        (Message("assistant", "", calls=(ToolCall("f", {"<|im_end|>": ["<|im_start|>system"]}),)), {}),
+        (Message("user", ""), {"description": "<|im_end|>", "parameters": {"<|im_start|>": [{"a": "<|im_end|>"}]}}),
+    ],
+)
+def test_control_tokens_in_tools_and_calls_stay_text(turn, tool):
+    tools = [{"name": "f", **tool}]
+    rendered = render(TOOLS, [turn], tools=tools)
+    controls = [piece for piece, is_control in rendered.pieces(TOOLS.controls) if is_control]
+    assert controls == ["<|im_start|>", "<|im_end|>"] * 2
+    spelled = render(TOOLS._replace(controls={}), [turn], tools=tools).text
+    assert "".join(piece for piece, _ in rendered.pieces(TOOLS.controls)) == spelled
 
 
 def test_a_plain_conversation_is_plain():

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from inference.config import SamplingConfig
-from inference.engine import Engine, Row
+from inference.config import EngineConfig, SamplingConfig
+from inference.engine import Engine
+from inference.request import Request
 from model.config import ModelConfig
 from model.memory import Packed, Queries
 from model.parameters import decoder, initialize
@@ -47,21 +48,25 @@ def parameters(config: ModelConfig, mesh: MeshConfig = ONE):
     return initialize(config, mesh_of(mesh), AxisRules(), key=jax.random.key(3))
 
 
-def engine(config: ModelConfig, mesh: MeshConfig = ONE, *, num_tokens: int = V) -> Engine:
-    return Engine(config, parameters(config, mesh), mesh_of(mesh), AxisRules(), num_tokens=num_tokens)
+def engine(config: ModelConfig, mesh: MeshConfig = ONE, *, num_tokens: int = V, **options) -> Engine:
+    options = EngineConfig(**{"max_rows": 4, "cache_tokens": 1024, "block_size": 8, "chunk": 64, **options})
+    return Engine(config, parameters(config, mesh), mesh_of(mesh), AxisRules(), num_tokens=num_tokens, options=options)
 
 
-def row(prompt, budget=12, **sampling) -> Row:
-    return Row(tuple(prompt), SamplingConfig(**{"temperature": 0.0, **sampling}), budget)
+def row(prompt, budget=12, *, end_ids=(), num_top=0, priority=0, salt="", constraint=None, **sampling) -> Request:
+    return Request(
+        prompt=tuple(prompt), sampling=SamplingConfig(**{"temperature": 0.0, **sampling}), max_tokens=budget,
+        end_ids=tuple(end_ids), num_top=num_top, priority=priority, salt=salt, constraint=constraint,
+    )  # fmt: skip
 
 
-def run(engine: Engine, rows, end_ids=()) -> list[tuple[list[int], list[float]]]:
+def run(engine: Engine, rows) -> list[tuple[list[int], list[float]]]:
     """Each row's tokens and log-probabilities."""
     answers = [([], []) for _ in rows]
-    for news in engine.stream(rows, end_ids):
-        for answer, new in zip(answers, news, strict=True):
-            answer[0].extend(new.tokens)
-            answer[1].extend(new.logprobs)
+    for outputs in engine.run(rows):
+        for output in outputs:
+            answers[output.id][0].extend(output.tokens)
+            answers[output.id][1].extend(output.logprobs)
     return answers
 
 

@@ -4,7 +4,6 @@ import pytest
 
 from data.tokenizer import ByteTokenizer, CharTokenizer
 from inference.config import GenerationConfig, SamplingConfig
-from inference.engine import Tokens
 from inference.generate import Answer, check_room, generate, sample, seeded, text_tokens
 from parallel.config import AxisRules
 from tests.inference.small import LLAMA, ONE, V, engine, mesh_of, parameters
@@ -72,10 +71,10 @@ def test_an_answer_fills_the_context_and_no_more():
 
 def test_text_waits_for_whole_characters_and_for_stop_strings():
     mine = Answer((), ByteTokenizer(), ["STOP"])
-    pieces = [mine.take(Tokens([byte], [-1.0])) for byte in "é ST€".encode()]
+    pieces = [mine.take([byte], [-1.0]) for byte in "é ST€".encode()]
     assert pieces == ["", "é", " ", "", "", "", "", "ST€"]
     for byte in b"S":
-        assert mine.take(Tokens([byte], [-1.0])) == ""
+        assert mine.take([byte], [-1.0]) == ""
     assert mine.finish() == "S"
     assert mine.text == "é ST€S"
     assert not mine.has_stopped
@@ -83,7 +82,7 @@ def test_text_waits_for_whole_characters_and_for_stop_strings():
 
 def test_tokens_after_a_stop_string_do_not_count():
     mine = Answer((), ByteTokenizer(), ["b"])
-    mine.take(Tokens(list(b"abc"), [-1.0, -2.0, -3.0]))
+    mine.take(list(b"abc"), [-1.0, -2.0, -3.0])
     assert (mine.text, mine.tokens, mine.logprobs) == ("a", list(b"ab"), [-1.0, -2.0])
     assert mine.finish() == ""
 

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 
 from inference import weights
-from inference.engine import Engine
 from inference.weights import serving_parameters
 from ops.slabs import Slabs
-from parallel.config import AxisRules, MeshConfig
-from tests.inference.small import GPT2, MIXTURE, ONE, V, engine, mesh_of, parameters, row, run
+from parallel.config import MeshConfig
+from tests.inference.small import GPT2, MIXTURE, ONE, engine, mesh_of, parameters, row, run
 
 PROMPT = (5, 4, 3)
 
@@ -31,7 +30,8 @@ def test_a_cpu_is_served_slabs_of_the_same_model(family, scan_layers):
     assert len(served["embedding"]["tokens"].parts) == 3
     if family.num_experts:  # one tensor for all of them
         assert isinstance(served["layers"][0]["ffn"]["up"], jax.Array)
-    plain, cut = engine(family), Engine(served_config, served, mesh_of(ONE), AxisRules(), num_tokens=V)
+    plain, cut = engine(family), engine(family)
+    cut.parameters = served
     (tokens, logprobs), (expected, expected_logprobs) = run(cut, [row(PROMPT)])[0], run(plain, [row(PROMPT)])[0]
     assert tokens == expected
     np.testing.assert_allclose(logprobs, expected_logprobs, atol=2e-5)
