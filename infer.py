@@ -279,14 +279,15 @@ def serve(request: Request) -> int:
     shared = chosen(DisaggregationConfig, request.options)
     secret = shared.secret(os.environ, options)
     from inference import listening, server
+    from inference.exchange import exchange
 
     listening.check_free(config.host, config.port)
     model = opened(request)
     engine = started(model, request, options)
     engine.warm_up(server.say)
-    exchange = server.exchange(engine, shared, secret=secret) if secret else None
+    others = exchange(engine, shared, secret=secret) if secret else None
     name = pathlib.Path(request.options.model).name
-    return server.serve(engine, model.tokenizer, config, name=name, max_rows=options.max_rows, exchange=exchange)
+    return server.serve(engine, model.tokenizer, config, name=name, max_rows=options.max_rows, others=others)
 
 
 Record = typing.TypeVar("Record")

@@ -9,11 +9,13 @@ import dataclasses
 import functools
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 import httpx
 import jax
 import numpy as np
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 from inference.blocks import block_names
 from inference.config import SamplingConfig
@@ -50,6 +52,21 @@ class Tally:
     bytes: int = 0
 
 
+class TallyCollector(Collector):
+    """The tally as Prometheus reads it."""
+
+    def __init__(self, tally: Tally):
+        self._tally = tally
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """All of it."""
+        prompts = CounterMetricFamily("meshlight_prefill_prompts", "Prompts, by where computed", labels=["where"])
+        for where in ("here", "away", "failed"):
+            prompts.add_metric([where], getattr(self._tally, where))
+        yield prompts
+        yield CounterMetricFamily("meshlight_prefill_bytes", "Bytes of KV blocks that came", value=self._tally.bytes)
+
+
 class PrefillAway:
     """The prefill server, as a decode server sees it. To be used on one event loop."""
 
@@ -65,6 +82,7 @@ class PrefillAway:
         transport: httpx.AsyncBaseTransport | None = None,  # how it is reached, where not by the network
     ):
         self.tally = Tally()
+        service.metrics.registry.register(TallyCollector(self.tally))
         self._service, self._about, self._config, self._say = service, about, config, say
         self._url, self._secret = url, secret
         self._rates = self._first_rates = Rates(here=1.0, there=1.0, **GUESS)

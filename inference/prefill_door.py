@@ -42,6 +42,7 @@ PATH = "/internal/blocks"
 AT_ONCE = 8  # blocks of a frame: the engine reads or writes so many between two steps
 KNOWN_TEXT = 33  # tokens of the text that shows whether two servers have one model
 SALT_LIMIT = 4096  # bytes
+PATIENCE = 30.0  # seconds for a question to come
 
 
 class About(NamedTuple):
@@ -66,8 +67,9 @@ class PrefillDoor:
             return await self._app(scope, receive, send)
         request = HttpRequest(scope, receive)
         try:
-            content = await self._read(request)
-        except ClientDisconnect:
+            async with asyncio.timeout(PATIENCE):
+                content = await self._read(request)
+        except (ClientDisconnect, TimeoutError):
             return None
         response = await unless_gone(receive, self._answer(request.method, content))
         return None if response is None else await response(scope, receive, send)
