@@ -87,7 +87,7 @@ def serving(engine, *, keys=(), capacity: int | None = None, model: HuggingFaceT
         app = application(service, served, config, Keys(config.api_key))
         server = Listener(
             uvicorn.Config(
-                app, http=patient(config.patience), ws="none", lifespan="off", log_level="error", access_log=False,
+                app, http=patient(config.patience), ws="none", lifespan="off", log_config=None, access_log=False,
                 timeout_graceful_shutdown=1,
             )  # fmt: skip
         )
