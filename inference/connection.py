@@ -9,13 +9,14 @@ from typing import Any
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
+HTTP: Any = AutoHTTPProtocol  # one of two classes, by what is installed
 BUFFER = 65_536  # bytes on their way to a client, beside the system's own buffers
 
 
 def patient(seconds: float) -> type[asyncio.Protocol]:
     """The protocol with this patience."""
 
-    class Connection(AutoHTTPProtocol):  # pyright: ignore[reportGeneralTypeIssues]
+    class Connection(HTTP):
         """One client."""
 
         _cut: asyncio.TimerHandle | None = None

@@ -57,13 +57,15 @@ from inference.openai_api import (
 from inference.pieces import answers_of
 from inference.request import Prompt
 from inference.responses import EventStream, refusal, whole
-from inference.service import CutOff, Full, Reading, Service, TimedOut, TokenEngine, Unavailable
+from inference.service import CutOffError, FullError, Reading, Service, TimedOutError, TokenEngine, UnavailableError
 from inference.spelling import Spelling
 
 PAGE = pathlib.Path(__file__).with_name("page.html")
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
-REFUSALS = {400: "the request is wrong", 401: "no key, or a wrong one", 404: "no such model", 408: "too slow", 413: "too large",
-            429: "the queue is full", 503: "no answer now"}  # fmt: skip
+REFUSALS = {
+    400: "the request is wrong", 401: "no key, or a wrong one", 404: "no such model", 408: "too slow",
+    413: "too large", 429: "the queue is full", 503: "no answer now",
+}  # fmt: skip
 TYPES = ("str", "int", "float", "bool", "none")  # pydantic names the type that it tried, behind the field
 TEXTS_AT_ONCE = 8  # embedded between two steps of the engine
 
@@ -297,7 +299,7 @@ def handle_errors(app: FastAPI) -> None:
 
     app.add_exception_handler(RequestValidationError, wrong)  # pyright: ignore[reportArgumentType]
     app.add_exception_handler(HTTPException, plain)  # pyright: ignore[reportArgumentType]
-    for kind in (Full, Unavailable, TimedOut, CutOff, ValueError, Exception):
+    for kind in (FullError, UnavailableError, TimedOutError, CutOffError, ValueError, Exception):
         app.add_exception_handler(kind, other)
 
 

@@ -9,28 +9,28 @@ from collections.abc import Iterator
 
 import openai
 import tokenizers
+import uvicorn
 from tokenizers import decoders, models, pre_tokenizers
 
 from data import chat
 from data.huggingface_tokenizer import HuggingFaceTokenizer
+from inference.asking import Served
 from inference.config import ServerConfig
+from inference.connection import patient
 from inference.keys import Keys
 from inference.listening import Listener, listening_socket
 from inference.metrics import Metrics
 from inference.server import application
-from inference.asking import Served
-from inference.connection import patient
 from inference.service import Reading, Service
 from inference.spelling import Spelling
-
-import uvicorn
 
 START, END = "<|im_start|>", "<|im_end|>"
 TEMPLATE = (
     "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}{% endfor %}"
     "Answer <tool_call>…</tool_call><|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-    "{% for call in m.tool_calls %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% for call in m.tool_calls %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}<|im_end|>\n"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -68,7 +68,9 @@ def raw(path: str, body: bytes, *headers: str) -> bytes:
 
 
 @contextlib.contextmanager
-def serving(engine, *, keys=(), capacity: int | None = None, model: HuggingFaceTokenizer | None = None, **options) -> Iterator[Running]:
+def serving(
+    engine, *, keys=(), capacity: int | None = None, model: HuggingFaceTokenizer | None = None, **options
+) -> Iterator[Running]:
     """A server around the engine, till the block ends."""
     config = ServerConfig(**{"port": 0, "api_key": tuple(keys), **options})
     bound = listening_socket(config.host, config.port)
@@ -85,12 +87,8 @@ def serving(engine, *, keys=(), capacity: int | None = None, model: HuggingFaceT
         service = Service(engine, Metrics(), capacity=capacity or rows + config.queue, reading=reading)
         service.start()
         app = application(service, served, config, Keys(config.api_key))
-        server = Listener(
-            uvicorn.Config(
-                app, http=patient(config.patience), ws="none", lifespan="off", log_config=None, access_log=False,
-                timeout_graceful_shutdown=1,
-            )  # fmt: skip
-        )
+        about = {"ws": "none", "lifespan": "off", "log_config": None, "access_log": False}
+        server = Listener(uvicorn.Config(app, http=patient(config.patience), timeout_graceful_shutdown=1, **about))
         url = f"http://127.0.0.1:{bound.getsockname()[1]}"
         running.append((Running(service, url, asyncio.get_running_loop()), server))
         started.set()

@@ -1,4 +1,4 @@
-"""Requests made up from the server's own document: none of them makes it fail, and every answer is as the document says."""
+"""Requests made up from the server's own document: none makes it fail, and every answer is as the document says."""
 
 import httpx
 import pytest

@@ -1,4 +1,4 @@
-"""The server around a real engine with a tiny model: answers are the engine's own, blocks come back, real processes end."""
+"""The server around a real engine with a tiny model: answers are the engine's own, blocks come back, processes end."""
 
 import concurrent.futures
 import dataclasses
@@ -102,7 +102,8 @@ def test_embeddings_of_like_texts_are_alike(client):
 
 
 def test_answers_follow_a_schema(client):
-    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": False}
+    yes_or_no = {"a": {"type": "boolean"}}
+    schema = {"type": "object", "properties": yes_or_no, "required": ["a"], "additionalProperties": False}
     wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     found = client.chat.completions.create(model="tiny", messages=HI, n=3, max_tokens=200, response_format=wanted)
     for choice in found.choices:

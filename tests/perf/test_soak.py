@@ -5,8 +5,7 @@ import json
 import pytest
 
 from perf.__main__ import main
-from perf.soak import SoakConfig, body, is_loopback, report, run
-from perf.soak import Answered as A
+from perf.soak import Answered, SoakConfig, body, is_loopback, report, run
 from tests.inference.fake_engine import FakeEngine
 from tests.inference.serving import serving
 
@@ -33,15 +32,16 @@ def test_failures_are_counted_by_what_they_say(capsys):
 
 def test_a_wait_that_is_too_long_fails():
     config = SoakConfig(url="http://127.0.0.1:1", seconds=10)
-    fine = [A(0.0, 1.0, 0.1, 5, "")] * 9
-    assert report(config, [*fine, A(0.0, 2.9, 0.1, 5, "")], [], elapsed=10.0)["passed"]
-    assert not report(config, [*fine, A(0.0, 3.1, 0.1, 5, "")], [], elapsed=10.0)["passed"]
-    assert not report(config, [*fine, A(0.0, 1.0, 0.1, 5, "reset")], [], elapsed=10.0)["passed"]
+    fine = [Answered(0.0, 1.0, 0.1, 5, "")] * 9
+    assert report(config, [*fine, Answered(0.0, 2.9, 0.1, 5, "")], [], elapsed=10.0)["passed"]
+    assert not report(config, [*fine, Answered(0.0, 3.1, 0.1, 5, "")], [], elapsed=10.0)["passed"]
+    assert not report(config, [*fine, Answered(0.0, 1.0, 0.1, 5, "reset")], [], elapsed=10.0)["passed"]
     assert not report(config, [], [], elapsed=10.0)["passed"]
 
 
 def test_memory_is_compared_after_the_warm_up():
-    memory = [(0.0, 10), (1.0, 50), *((float(at), 100) for at in range(3, 7)), *((float(at), 110) for at in range(7, 11))]
+    sizes = [10, 50, 60, 100, 100, 100, 100, 110, 110, 110, 110]
+    memory = [(float(at), size) for at, size in enumerate(sizes)]
     found = report(SoakConfig(url="http://[::1]:1", seconds=10), [], memory, elapsed=10.0)
     assert found["memory_growth"] == pytest.approx(0.1)
 
