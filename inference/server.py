@@ -318,12 +318,17 @@ def serve(
     """Serve till a signal comes; -> exit status."""
     keys = read_keys(config)
     bound = listening_socket(config.host, config.port)
+    model = served(engine, tokenizer, config.name or name)
+    return asyncio.run(_serve(engine, model, config, keys, bound, capacity=max_rows + config.queue, others=others))
+
+
+def served(engine: ServedEngine, tokenizer: Tokenizer, name: str) -> Served:
+    """The engine's model as the API shows it."""
     template = chat.template_of(tokenizer) if isinstance(tokenizer, HuggingFaceTokenizer) else None
-    served = Served(
-        name=config.name or name, tokenizer=tokenizer, template=template, max_length=engine.max_length,
-        created=int(time.time()), spelling=Spelling(tokenizer),
+    return Served(
+        name=name, tokenizer=tokenizer, template=template, max_length=engine.max_length, created=int(time.time()),
+        spelling=Spelling(tokenizer),
     )  # fmt: skip
-    return asyncio.run(_serve(engine, served, config, keys, bound, capacity=max_rows + config.queue, others=others))
 
 
 async def _serve(
