@@ -57,8 +57,12 @@ class Running:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60, **options)
 
     def connect(self) -> socket.socket:
-        """A bare connection."""
-        return socket.create_connection(self.address, timeout=60)
+        """A bare connection, which holds little that was not read."""
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(60)
+        connection.connect(self.address)
+        return connection
 
 
 def raw(path: str, body: bytes, *headers: str) -> bytes:
