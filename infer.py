@@ -281,10 +281,12 @@ def serve(request: Request) -> int:
     options, config = chosen(EngineConfig, request.options), chosen(ServerConfig, request.options)
     shared = chosen(DisaggregationConfig, request.options)
     secret = shared.secret(os.environ, options)
-    from inference import listening, server
-    from inference.exchange import exchange
+    from inference import listening
 
     listening.check_free(config.host, config.port)
+    from inference import server
+    from inference.exchange import exchange
+
     model = opened(request)
     engine = started(model, request, options)
     engine.warm_up(server.say)

@@ -220,7 +220,10 @@ class Service:
         self._keep(self._calls, future)
         future.add_done_callback(lambda done: self._forget(self._calls, done))
         self._commands.put(functools.partial(self._answer, future, function))
-        return await future
+        try:
+            return await asyncio.wait_for(future, self._reading.timeout)
+        except TimeoutError:
+            raise TimedOutError(f"the answer took more than {self._reading.timeout:g} s") from None
 
     async def embed(self, texts: Sequence[Prompt]) -> np.ndarray:
         """A vector for each text."""
@@ -363,6 +366,10 @@ class Service:
             result = function(self._engine)
         except ValueError as error:
             self._tell(settle, future, None, error)
+        except Exception as error:  # such as too little memory for this one: others go on
+            traceback.print_exc(file=sys.stderr)
+            why = f"the engine could not do this: {type(error).__name__}"
+            self._tell(settle, future, None, UnavailableError(why))
         else:
             self._tell(settle, future, result, None)
 

@@ -11,6 +11,7 @@ import numpy as np
 import openai
 import pytest
 
+from inference.server import parts
 from tests.inference.fake_engine import FakeEngine
 from tests.inference.serving import END, START, raw, serving, tokenizer
 
@@ -221,6 +222,12 @@ def test_embeddings_as_numbers_and_as_bytes(server, client):
     body = {"input": "ab", "encoding_format": "base64"}
     text = post(server, "/v1/embeddings", body).json()["data"][0]["embedding"]
     np.testing.assert_array_equal(np.frombuffer(base64.b64decode(text), "<f4"), np.float32(found.data[0].embedding))
+
+
+def test_texts_are_embedded_in_parts_that_hold_nobody_up():
+    assert [len(part) for part in parts([(1,)] * 20)] == [8, 8, 4]
+    assert [len(part) for part in parts([(1,) * 2000] * 5)] == [2, 2, 1]
+    assert [len(part) for part in parts([(1,) * 9000, (1,), (1,), (1,) * 9000])] == [1, 2, 1]
 
 
 def test_models(client):

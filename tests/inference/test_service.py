@@ -109,7 +109,7 @@ def test_what_is_closed_before_the_engine_saw_it_never_runs():
     async def test(service):
         engine.gate.clear()
         busy = service.submit([request(max_tokens=1)])
-        await until(lambda: engine.requests)
+        await until(lambda: engine.is_held)
         for _ in range(3):
             service.submit([request()]).close()
         engine.gate.set()
@@ -192,8 +192,9 @@ def test_when_the_engine_fails_every_asker_hears_why(capsys):
     async def test(service):
         engine.gate.clear()
         streams = [service.submit([request()]) for _ in range(4)]
+        await until(lambda: engine.is_held)
         call = asyncio.create_task(service.embed([(1, 2)]))
-        await until(lambda: engine.requests)
+        await asyncio.sleep(0)
         engine.fails_with = RuntimeError("no device any more")
         engine.gate.set()
         for stream in streams:
@@ -238,12 +239,28 @@ def test_a_drain_gives_up_after_its_patience():
     with_service(FakeEngine(pace=0.001), test)
 
 
-def test_calls_run_between_steps_and_their_mistakes_are_theirs():
+def test_a_call_that_takes_too_long_ends():
+    engine = FakeEngine()
+
+    async def test(service):
+        engine.gate.clear()
+        stream = service.submit([request()])  # holds the engine up
+        await until(lambda: engine.is_held)
+        with pytest.raises(TimedOutError):
+            await service.embed([(1, 2)])
+        stream.close()
+
+    with_service(engine, test, timeout=0.05)
+
+
+def test_calls_run_between_steps_and_their_mistakes_are_theirs(capsys):
     async def test(service):
         assert await service.logprobs((1, 2, 3)) == [-0.5, -0.5]
         assert (await service.embed([(3, 4)])).shape == (1, 3)
         with pytest.raises(ValueError, match="mine"):
             await service.call(lambda engine: exec('raise ValueError("mine")'))
+        with pytest.raises(UnavailableError, match="could not do this: MemoryError"):
+            await service.call(lambda engine: exec("raise MemoryError"))
         assert await service.call(lambda engine: threading.current_thread().name) == "engine"
         assert not service.trouble
 
