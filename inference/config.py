@@ -5,6 +5,7 @@ from typing import Literal
 
 from parallel.records import require
 
+MAX_BEAMS = 10
 MAX_BIASED = 300  # tokens of a logit bias, as in OpenAI's API
 
 
@@ -62,6 +63,22 @@ class GenerationConfig:
         require(self, "generation", "max_tokens", low=1)
         if "" in self.stop:
             raise ValueError('stop="" is empty and would end every answer at once; give a text or leave it out')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BeamConfig:
+    """How the likeliest answers are searched for."""
+
+    beams: int = 1  # beginnings that are kept at each step, the likeliest ones; 1 draws answers instead of searching
+    length_penalty: float = 1.0  # an answer's score is its log-probability over its length to this power
+    early_stopping: bool = False  # end with as many answers as beams, even if a better one could still come
+
+    def __post_init__(self):
+        require(self, "beam", "length_penalty", low=-10, high=10)
+        if not 1 <= self.beams <= MAX_BEAMS:
+            raise ValueError(
+                f"beams={self.beams} must be between 1 and {MAX_BEAMS}: a step tells 20 tokens of each row"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
