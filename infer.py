@@ -53,7 +53,9 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> Parser:
     """The command line's grammar. Options of answers are the fields of their records."""
-    top = Parser(prog="infer.py", description="Use a language model: continue a text, converse, measure it, or serve it.")
+    top = Parser(
+        prog="infer.py", description="Use a language model: continue a text, converse, measure it, or serve it."
+    )
     verbs = top.add_subparsers(dest="verb", required=True, metavar="generate|chat|score|serve|route")
     common = Parser(add_help=False)
     common.add_argument("model", metavar="MODEL", help=KINDS)
@@ -252,8 +254,9 @@ def score(request: Request) -> int:
     options, model = request.options, opened(request)
     content = options.file.read_bytes()
     tokens = text_tokens(utf8(content, options.file), model.tokenizer)
+    engine = started(model, request, EngineConfig(max_rows=1, cache_tokens=1))
     result = score(
-        started(model, request, EngineConfig(max_rows=1, cache_tokens=1)), tokens, num_bytes=len(content), window=options.window, stride=options.stride,
+        engine, tokens, num_bytes=len(content), window=options.window, stride=options.stride,
         watch=lambda batches: tqdm(batches, disable=None, unit="batch", leave=False),
     )._asdict()  # fmt: skip
     lines = (
@@ -278,10 +281,12 @@ def serve(request: Request) -> int:
     options, config = chosen(EngineConfig, request.options), chosen(ServerConfig, request.options)
     shared = chosen(DisaggregationConfig, request.options)
     secret = shared.secret(os.environ, options)
-    from inference import listening, server
-    from inference.exchange import exchange
+    from inference import listening
 
     listening.check_free(config.host, config.port)
+    from inference import server
+    from inference.exchange import exchange
+
     model = opened(request)
     engine = started(model, request, options)
     engine.warm_up(server.say)

@@ -24,7 +24,7 @@ from inference.engine import Engine, Exported
 from inference.handover import FRAME, HEAD_LIMIT, Ask, DamagedError, Head, Sealing, block_bytes, read_blocks, read_head
 from inference.prefill_door import PATH, About, parts
 from inference.request import Prompt, Request
-from inference.service import Full, Service, TimedOut, Unavailable
+from inference.service import FullError, Service, TimedOutError, UnavailableError
 
 PROBE = 512  # tokens of the prompts that rates are first measured with, at most
 ALIKE = 0.1  # mean difference of log-probabilities up to which two models are one, computed on two machines
@@ -38,7 +38,7 @@ class AwayError(Exception):
     """The prefill server does not do it; the text says why."""
 
 
-FAILURES = (AwayError, DamagedError, httpx.HTTPError, TimeoutError, Full, Unavailable, TimedOut)
+FAILURES = (AwayError, DamagedError, httpx.HTTPError, TimeoutError, FullError, UnavailableError, TimedOutError)
 
 
 @dataclasses.dataclass
