@@ -1,9 +1,9 @@
 """Who takes part in the next step, and who gets which blocks: plain Python. Knows no arrays, no model and no text.
 
-Continuous batching (Orca, OSDI 2022, section 4.1): before every step each running sequence gets the one token it is at,
-or a chunk of its prompt (Sarathi, arXiv:2308.16369), and those that wait are let in where there is room. Where blocks run
-out, the sequence that stands last gives its own back and computes them again later. A step is planned before the tokens
-of the one before it are known: what a sequence has chosen but not told yet is `in_flight`.
+Continuous batching (Orca, OSDI 2022, section 4.1): before every step each running sequence gets the one token it is
+at, or a chunk of its prompt (Sarathi, arXiv:2308.16369), and those that wait are let in where there is room. Where
+blocks run out, the sequence that stands last gives its own back and computes them again later. A step is planned before
+the tokens of the one before it are known: what a sequence has chosen but not told yet is `in_flight`.
 """
 
 import bisect
@@ -125,7 +125,9 @@ class Scheduler:
         """Let a request wait for its turn; ValueError where its turn can never come."""
         length, Z = len(request.prompt), self.limits.block_size
         if length < 1 or request.max_tokens < 1:
-            raise ValueError(f"the prompt has {length} tokens and max_tokens={request.max_tokens}; both must be at least 1")
+            raise ValueError(
+                f"the prompt has {length} tokens and max_tokens={request.max_tokens}; both must be at least 1"
+            )
         if length >= self.limits.max_length:
             raise ValueError(
                 f"the prompt is {length} tokens long but a sequence has room for {self.limits.max_length}, its answer "
@@ -298,7 +300,7 @@ class Scheduler:
         return min(need, -(-(kind.window + self.limits.tile * self.limits.max_tiles) // size) + 1)
 
     def _grow(self, sequence: SequenceState, length: int) -> bool:
-        """Blocks for the first `length` tokens, if need be those of sequences that stand later; False: it lost its own."""
+        """Blocks for the first `length` tokens, if need be of sequences that stand later; False: it lost its own."""
         for kind in self.kinds:
             blocks = sequence.blocks[kind.name]
             while len(blocks) * self.limits.block_size < length:

@@ -9,21 +9,20 @@ from collections.abc import Iterator
 
 import openai
 import tokenizers
+import uvicorn
 from tokenizers import decoders, models, pre_tokenizers
 
 from data import chat
 from data.huggingface_tokenizer import HuggingFaceTokenizer
+from inference.asking import Served
 from inference.config import ServerConfig
+from inference.connection import patient
 from inference.keys import Keys
 from inference.listening import Listener, listening_socket
 from inference.metrics import Metrics
 from inference.server import application
-from inference.asking import Served
-from inference.connection import patient
 from inference.service import Reading, Service
 from inference.spelling import Spelling
-
-import uvicorn
 
 START, END = "<|im_start|>", "<|im_end|>"
 TEMPLATE = (

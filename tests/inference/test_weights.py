@@ -10,8 +10,8 @@ import pytest
 from inference import weights
 from inference.weights import serving_parameters
 from ops.slabs import Slabs
-from parallel.config import AxisRules, MeshConfig
-from tests.inference.small import GPT2, MIXTURE, ONE, V, engine, mesh_of, parameters, row, run
+from parallel.config import MeshConfig
+from tests.inference.small import GPT2, MIXTURE, ONE, engine, mesh_of, parameters, row, run
 
 PROMPT = (5, 4, 3)
 
