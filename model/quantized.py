@@ -73,14 +73,9 @@ def places(w: Quantized, names: Names, mesh: Mesh, rules: AxisRules) -> Quantize
 
 
 def save(folder: pathlib.Path | str, config: ModelConfig, parameters: Parameters, scheme: Scheme) -> None:
-    """Write the weights, then config.json, without which the folder is no model.
-
-    Raises FileExistsError where the folder already holds a model.
-    """
+    """Write the weights, then config.json, without which the folder is no model."""
     folder = pathlib.Path(folder)
-    for name in (SINGLE, CONFIG):
-        if (folder / name).exists():
-            raise FileExistsError(f"{folder} already holds {name}; choose another folder or remove it first")
+    check_free(folder)
     folder.mkdir(parents=True, exist_ok=True)
     arrays = dict(tensors(parameters))
     kinds = {name: _stored(array) for name, array in arrays.items()}
@@ -92,6 +87,13 @@ def save(folder: pathlib.Path | str, config: ModelConfig, parameters: Parameters
     )
     fields = {KIND: FORMAT, "scheme": scheme, "decoder": to_dict(config)}
     (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
+
+
+def check_free(folder: pathlib.Path) -> None:
+    """Raise FileExistsError where a folder already holds a model."""
+    for name in (SINGLE, CONFIG):
+        if (folder / name).exists():
+            raise FileExistsError(f"{folder} already holds {name}; choose another folder or remove it first")
 
 
 def tensors(parameters: Any) -> list[tuple[str, Any]]:

@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import math
 from types import EllipsisType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -36,9 +36,9 @@ TILE_BYTES = 2**20  # of float32 weights that exist at once in a streamed produc
 class Quantized:
     """A weight as codes, its dims in another order: outputs, then inputs. Multiplies as the array it was made from."""
 
-    codes: Num[Array, "..."]
-    scales: Float[Array, "..."]  # each dim 1, or as many as there are outputs or groups of inputs
-    lows: Float[Array, "..."] | None  # of code 0; None is 0
+    codes: Any  # array
+    scales: Any  # array; each dim 1, or as many as there are outputs or groups of inputs
+    lows: Any  # array as scales, what code 0 means; None is 0
     order: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # dim of the weight that each dim of codes is
     num_inputs: int = dataclasses.field(metadata={"static": True})  # dims, the last ones of codes
     is_streamed: bool = dataclasses.field(default=False, metadata={"static": True})
