@@ -55,7 +55,9 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> Parser:
     """The command line's grammar. Options of answers are the fields of their records."""
-    top = Parser(prog="infer.py", description="Use a language model: continue a text, converse, measure it, or serve it.")
+    top = Parser(
+        prog="infer.py", description="Use a language model: continue a text, converse, measure it, or serve it."
+    )
     verbs = top.add_subparsers(dest="verb", required=True, metavar="generate|chat|score|serve|quantize|route")
     common = Parser(add_help=False)
     common.add_argument("model", metavar="MODEL", help=KINDS)

@@ -1,13 +1,13 @@
 """Weights in 8 or 4 bits: made from float ones, and multiplied by as they are. Knows no mesh, no model, no file.
 
-    scheme   codes                        value of a weight        error of a weight
-    int8     int8, -127…127               code * scale             at most scale / 2, scale = largest of its output / 127
-    fp8      float8_e4m3fn                code * scale             at most |weight| / 16, or scale / 1024 where that is more
-    int4     uint4, groups of 32 inputs   code * scale + low       at most 0.51 * (highest - lowest of its group) / 15
-                                                                   where no weight is clipped; else see `grouped`
+    scheme   codes                        value of a weight       error of a weight
+    int8     int8, -127…127               code * scale            at most scale / 2, scale = largest of its output / 127
+    fp8      float8_e4m3fn                code * scale            at most |weight| / 16, or scale / 1024 if that is more
+    int4     uint4, groups of 32 inputs   code * scale + low      at most 0.51 * (highest - lowest of its group) / 15
+                                                                  where no weight is clipped; else see `grouped`
 
 A product sums over a weight's inputs; what is left are its outputs. int8 and fp8 have one scale an output, int4 one
-scale and one low (float16) a group: 5 bits a weight. Two forms multiply alike: *plain*, in einsum's own words, which the
+scale and one low (float16) a group: 5 bits a weight. Two forms multiply alike: *plain*, in einsum's own words, which a
 TPU's compiler fuses, and *streamed*, the one form in which XLA:CPU reads the codes and not their float32 copy
 (docs/benchmarks/quantization.md).
 """
@@ -82,7 +82,7 @@ class Quantized:
         return (product.astype(jnp.float32) * scales).astype(x.dtype)
 
     def _by_group(self, x: Float[Array, "..."], left: str, letters: str, y: str) -> Float[Array, "..."]:
-        """A product for each group of inputs, then scaled: else a TPU's compiler spreads scales to the weight's size."""
+        """A product for each group of inputs, then scaled: else a TPU's compiler writes scales weight by weight."""
         codes, rows = (part.reshape(*part.shape[:-1], self.scales.shape[-1], -1) for part in (self.codes, x))
         inputs = letters[-self.num_inputs :]
         groups = jnp.einsum(
@@ -96,8 +96,8 @@ class Quantized:
     def _streamed(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """In float32, whatever x is: outputs by inputs, in tiles of outputs where x has several rows.
 
-        XLA:CPU computes x anew for every output, unless that is dear: a division is, and by 1 it changes nothing. A
-        loop over tokens would decode the weight once, before it, and read float32 from then on: the barrier ties it to x.
+        XLA:CPU computes x anew for every output, unless that is dear: a division is, and by 1 it changes nothing.
+        A loop over tokens would decode the weight once, before it, and read float32 then: the barrier ties it to x.
         """
         kept = x.shape[: x.ndim - self.num_inputs]
         outputs = self.codes.shape[: self.codes.ndim - self.num_inputs]

@@ -56,7 +56,7 @@ class Side(NamedTuple):
 
 
 def run(config: QuantizationConfig, say: Callable[[str], None]) -> dict[str, Any]:
-    """Measure; -> for each scheme, float32 first: bytes, perplexity and its increase, tokens a second and their ratio."""
+    """Measure; -> for each scheme, float32 first: bytes, perplexity, its increase, tokens a second, their ratio."""
     unknown = [scheme for scheme in config.schemes if scheme not in SCHEMES]
     if unknown:
         raise ValueError(f"--schemes {unknown[0]} is unknown; {', '.join(SCHEMES)} are known")
@@ -113,7 +113,10 @@ def speeds(config: QuantizationConfig, engines: dict[str, Engine], tokens, rows:
         for name, engine in engines.items():
             found[name].append(seconds(engine, prompt, config.decoded))
         if number:
-            say(f"round {number}/{config.rounds}  " + "  ".join(f"{k} {config.decoded / v[-1]:.4g}" for k, v in found.items()))
+            say(
+                f"round {number}/{config.rounds}  "
+                + "  ".join(f"{k} {config.decoded / v[-1]:.4g}" for k, v in found.items())
+            )
     for name, times in found.items():
         ratios = [float_ / mine for float_, mine in zip(found[FLOAT][1:], times[1:], strict=True)]
         rows[name] |= {
