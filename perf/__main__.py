@@ -72,12 +72,16 @@ def _parser() -> argparse.ArgumentParser:
 
     quantize = commands.add_parser("quantize", help="what quantized weights cost and save", allow_abbrev=False)
     quantize.add_argument("model", metavar="MODEL", help="as for infer.py")
-    quantize.add_argument("--file", required=True, type=pathlib.Path, metavar="TEXT", help="measured on this text, UTF-8")
+    quantize.add_argument(
+        "--file", required=True, type=pathlib.Path, metavar="TEXT", help="measured on this text, UTF-8"
+    )
     quantize.add_argument("--schemes", nargs="+", default=["int8", "int4", "fp8"], metavar="S", help="default: all")
     quantize.add_argument("--tokens", type=int, default=16384, help="of the text; 0: no perplexity (default 16384)")
     quantize.add_argument("--decoded", type=int, default=48, help="tokens a round; 0: no speed (default 48)")
     quantize.add_argument("--rounds", type=_positive, default=5, help="of decoding, in turns (default 5)")
-    quantize.add_argument("--rescaled", action="store_true", help="measure the model's twin, whose weights lie on no grid")
+    quantize.add_argument(
+        "--rescaled", action="store_true", help="measure the model's twin, whose weights lie on no grid"
+    )
     quantize.add_argument("--json", action="store_true", help="one JSON object, last on stdout")
 
     compile_ = commands.add_parser("compile", help="compile a run's step for a TPU slice", allow_abbrev=False)
