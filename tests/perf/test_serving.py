@@ -74,7 +74,7 @@ def test_prompts_are_shared_within_a_salt_unless_kept_apart(engine):
     trace = [arrival._replace(prompt=tuple(range(32)) + arrival.prompt) for arrival in asked(3)]
     together = play(engine, trace, salt="shared")
     apart = play(engine, trace, salt="kept", apart=True)
-    assert together.counted["cached_tokens"] == 2 * 32 and apart.counted["cached_tokens"] == 0
+    assert (together.counted["cached_tokens"], apart.counted["cached_tokens"]) == (2 * 32, 0)
     assert play(engine, trace, salt="another").counted == together.counted
 
 
@@ -90,7 +90,8 @@ def test_latencies_are_percentiles():
     answers = [Answered(due=1.0, first=1.0 + n / 100, last=2.0 + n / 100, tokens=11, outputs=11) for n in range(101)]
     played = Played(answers, [], 10.0, {"cached_tokens": 1, "prompt_tokens": 4})
     figures = played.figures()
-    assert figures["ttft_p50_ms"] == pytest.approx(500) and figures["ttft_p90_ms"] == pytest.approx(900)
+    assert figures["ttft_p50_ms"] == pytest.approx(500)
+    assert figures["ttft_p90_ms"] == pytest.approx(900)
     assert figures["tpot_p99_ms"] == pytest.approx(100)
     assert figures["output_tokens_per_second"] == pytest.approx(101 * 11 / 10)
     assert figures["cache_hit_rate"] == 0.25
@@ -100,7 +101,8 @@ def test_latencies_are_percentiles():
 def test_the_hosts_share_is_measured_and_everything_is_put_back(engine):
     with overhead.watched(engine) as watch:
         play(engine, asked(2), salt="watched")
-    assert 0 < watch.device < watch.steps and 0 < watch.host_share < 1
+    assert 0 < watch.device < watch.steps
+    assert 0 < watch.host_share < 1
     before = watch.steps
     play(engine, asked(2), salt="unwatched")
     assert watch.steps == before
@@ -125,11 +127,14 @@ def tiny(monkeypatch, served, tmp_path):
 @pytest.mark.parametrize(
     ("words", "keys"),
     [
-        (["--mix", "sharegpt", "--peer", "python"], ["ratio_to_peer", "ratio_to_best_fixed_batch", "ratio_to_static", "ratio_to_one_at_a_time"]),
+        (
+            ["--mix", "sharegpt", "--peer", "python"],
+            ["ratio_to_peer", "ratio_to_best_fixed_batch", "ratio_to_static", "ratio_to_one_at_a_time"],
+        ),
         (["--mix", "prefix"], ["ttft_ratio_to_without_reuse"]),
         (["--mix", "copy", "--model", "smollm2"], ["ratio_of_decode_steps", "acceptance_rate"]),
     ],
-)  # fmt: skip
+)
 def test_the_command_prints_every_ratio_and_draws(tiny, monkeypatch, capsys, words, keys):
     work = serving.workload.trace
     short = lambda it: [a._replace(prompt=a.prompt[-40:], max_tokens=min(a.max_tokens, 6)) for a in work(it)]  # noqa: E731
@@ -158,7 +163,7 @@ def test_what_cannot_be_compared_is_refused(capsys, words, why):
 def test_throughput_over_time_adds_up():
     ticks = [Tick(float(second), 5) for second in range(1, 11)]
     times, speed = serving_plot.throughput(ticks, 10.0)
-    assert times[0] == 0 and times[-1] == 10
+    assert (times[0], times[-1]) == (0, 10)
     assert speed == pytest.approx(5.0)
 
 
