@@ -32,6 +32,7 @@ RULES = AxisRules()
 STATIC = 8  # requests of a static batch
 DOCUMENTS = ("model/memory.py", "inference/engine.py", "perf/peer.py", "CONTRIBUTING.md")  # that are copied
 COPIED = 160  # tokens of each
+LENGTH = 1024  # tokens of a sequence that an engine has room for, at least
 
 Say = Callable[[str], None]
 Sides = dict[str, Callable[[str], Played]]  # each given a salt that no play before it had
@@ -114,11 +115,17 @@ def engine_for(served: Served, options: EngineConfig) -> Engine:
 
 
 def ready(served: Served, bench: ServeConfig, trace: Trace, say: Say, **options: Any) -> Engine:
-    """An engine with room for as many of the longest sequences as it has rows, warmed up."""
-    room, size = longest(trace), EngineConfig().block_size
-    tokens = 2 * bench.rows * size * (-(-room // size) + 1)
+    """An engine that has compiled what it needs, with room for rows of the longest sequence.
+
+    Sequences of up to LENGTH tokens share sizes and so, on disk, compiled programs.
+    """
+    room = min(max(LENGTH, longest(trace)), served.config.max_length)
+    tokens = (bench.rows + 1) * room
     engine = engine_for(served, EngineConfig(max_rows=bench.rows, cache_tokens=tokens, max_length=room, **options))
-    engine.warm_up(say)
+    if bench.copy:  # all at once, so that every play has the steps of this one
+        play(engine, trace, salt="warm")
+    else:
+        engine.warm_up(say)
     return engine
 
 
