@@ -108,12 +108,12 @@ def test_wide_beams_find_the_likeliest_of_all_answers():
     assert [one.tokens for one in found] == sorted(totals, key=lambda answer: -totals[answer])[:4]
 
 
-@pytest.mark.parametrize("options", [{}, {"prefix_cache": False}, {"max_rows": 6, "cache_tokens": 200}])
+@pytest.mark.parametrize("options", [{}, {"prefix_cache": False}, {"cache_tokens": 152}])
 def test_beams_wait_for_rows_and_blocks_that_others_have(options):
     """Where a fork finds no row it is computed again later, and where blocks run out beams give theirs back."""
-    beam, kept = BeamConfig(beams=4), engine(LLAMA, **options)
-    for i in range(5):
-        kept.add(row((7, 8, 9), budget=12 + 12 * i, temperature=1.0, seed=i, priority=1))
+    beam, kept = BeamConfig(beams=3), engine(LLAMA, **options)
+    for i in range(2):
+        kept.add(row((7, 8, 9), budget=70, temperature=1.0, seed=i))
     found = search(kept, PROMPT, beam, max_tokens=21, end_ids=ENDS)
     check(found, slow_search(LLAMA, PROMPT, beam, max_tokens=21, end_ids=ENDS), beam)
     while kept.has_work:
