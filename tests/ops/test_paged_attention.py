@@ -127,7 +127,7 @@ def test_int8_equals_the_reference_of_what_it_stands_for(kernel):
     (k8, k_scales), (v8, v_scales) = quantized(k), quantized(v)
     pools = Blocks(k8, k_scales), Blocks(v8, v_scales)
     if kernel == "pallas":  # rows of a pool may be longer than H and Z, zeros at their ends
-        pools = (Blocks(*(jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 4)]) for x in pool)) for pool in pools)
+        pools = (Blocks(*(jnp.pad(jnp.asarray(x), [(0, 0)] * (jnp.ndim(x) - 1) + [(0, 4)]) for x in pool)) for pool in pools)
     out = fast(q, *pools, rows, jnp.int32(11), kernel=kernel)
     k, v = k8.astype(jnp.float32) * k_scales[..., None], v8.astype(jnp.float32) * v_scales[..., None]
     np.testing.assert_allclose(out, slow(q, k, v, rows, window=11), atol=F32_BOUND)
