@@ -70,6 +70,9 @@ def parser() -> Parser:
     common.add_argument(
         "--mesh", action="append", default=[], metavar="AXIS=N", help="devices along an axis, as tensor=4; default 1"
     )
+    common.add_argument(
+        "--draft", metavar="MODEL", help="a smaller model of the same tokenizer, which guesses ahead (speculation draft)"
+    )
     answers = Parser(add_help=False, parents=[common])
     for record in (SamplingConfig, GenerationConfig):
         add_fields(answers, record)
@@ -77,6 +80,9 @@ def parser() -> Parser:
     generate.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads it from standard input")
     generate.add_argument(
         "-n", type=int, default=1, metavar="N", help="samples; sample i draws with seed + i; default 1"
+    )
+    generate.add_argument(
+        "--speculation", choices=["off", "ngram"], default="off", help="ngram guesses ahead from the text; default off"
     )
     generate.add_argument("--json", action="store_true", help="print one JSON object at the end instead of the text")
     chat = verbs.add_parser("chat", parents=[answers], help="converse, with memory between turns")
@@ -191,7 +197,7 @@ def generate(request: Request) -> int:
     prompt = generate.check_room(tokens, max_length=model.config.max_length)
     room = min(len(prompt) + request.generation.max_tokens, model.config.max_length)
     cache_tokens = generate.cache_for([room] * options.n)
-    engine = started(model, request, EngineConfig(max_rows=options.n, cache_tokens=cache_tokens))
+    engine = started(model, request, EngineConfig(max_rows=options.n, cache_tokens=cache_tokens, speculation=options.speculation))
     clock.lap("load")
     answers = [generate.Answer(prompt, model.tokenizer, request.generation.stop) for _ in range(options.n)]
     for pieces in generate.generate(engine, model.tokenizer, answers, request.generation):
@@ -346,12 +352,32 @@ def opened(request: Request) -> "Model":
 
 def started(model: "Model", request: Request, options: EngineConfig) -> "Engine":
     """An engine with the model's weights on the mesh."""
+    from inference.drafting import Draft
     from inference.engine import Engine
     from inference.weights import serving_parameters
 
     mesh, rules = mesh_of(request), AxisRules()
     config, parameters = serving_parameters(model.config, model.load(mesh, rules), mesh)
-    return Engine(config, parameters, mesh, rules, num_tokens=model.tokenizer.vocab_size, options=options)
+    draft = None
+    if request.options.draft is not None:
+        draft, options = opened_draft(request, model), dataclasses.replace(options, speculation="draft")
+        draft = Draft(*serving_parameters(draft.config, draft.load(mesh, rules), mesh))
+    num_tokens = model.tokenizer.vocab_size
+    return Engine(config, parameters, mesh, rules, num_tokens=num_tokens, options=options, draft=draft)
+
+
+def opened_draft(request: Request, model: "Model") -> "Model":
+    """The model that guesses; ValueError where its tokens are not the model's."""
+    from data.tokenizer import fingerprint
+    from inference.weights import open_model
+
+    draft = open_model(locate(request.options.draft), dtype=request.options.dtype)
+    if fingerprint(draft.tokenizer) != fingerprint(model.tokenizer):
+        raise ValueError(
+            f"--draft {request.options.draft} has another tokenizer ({draft.tokenizer.vocab_size} tokens) than "
+            f"{request.options.model} ({model.tokenizer.vocab_size}); a draft model speaks in the same tokens"
+        )
+    return draft
 
 
 def mesh_of(request: Request) -> "Mesh":
