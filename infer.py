@@ -262,8 +262,9 @@ def score(request: Request) -> int:
     options, model = request.options, opened(request)
     content = options.file.read_bytes()
     tokens = text_tokens(utf8(content, options.file), model.tokenizer)
+    engine = started(model, request, EngineConfig(max_rows=1, cache_tokens=1))
     result = score(
-        started(model, request, EngineConfig(max_rows=1, cache_tokens=1)), tokens, num_bytes=len(content), window=options.window, stride=options.stride,
+        engine, tokens, num_bytes=len(content), window=options.window, stride=options.stride,
         watch=lambda batches: tqdm(batches, disable=None, unit="batch", leave=False),
     )._asdict()  # fmt: skip
     lines = (
@@ -298,15 +299,18 @@ def serve(request: Request) -> int:
     options, config = chosen(EngineConfig, request.options), chosen(ServerConfig, request.options)
     shared = chosen(DisaggregationConfig, request.options)
     secret = shared.secret(os.environ, options)
-    from inference import listening, server
+    from inference import listening
 
     listening.check_free(config.host, config.port)
+    from inference import server
+    from inference.exchange import exchange
+
     model = opened(request)
     engine = started(model, request, options)
     engine.warm_up(server.say)
-    exchange = server.exchange(engine, shared, secret=secret) if secret else None
+    others = exchange(engine, shared, secret=secret) if secret else None
     name = pathlib.Path(request.options.model).name
-    return server.serve(engine, model.tokenizer, config, name=name, max_rows=options.max_rows, exchange=exchange)
+    return server.serve(engine, model.tokenizer, config, name=name, max_rows=options.max_rows, others=others)
 
 
 Record = typing.TypeVar("Record")

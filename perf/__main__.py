@@ -3,6 +3,8 @@
     python -m perf compile CONFIG [key=value ...] --topology v5e:16x16    the TPU compiler's own word, without a TPU
     python -m perf shardings CONFIG [key=value ...] [--topology v5e:4x4]   tensor by tensor, collective by collective
     python -m perf bench train|prefill|decode                              measured, beside this machine's roof
+    python -m perf bench serve [--mix M] [--rate R] [--plot FILE]          requests answered, beside other ways to
+    python -m perf soak --url http://127.0.0.1:8000 [--pid N]               many clients of a server on this machine
     python -m perf quantize MODEL --file TEXT [--schemes int8 int4 fp8]    bytes, loss and speed of quantized weights
 
 Nothing heavy is imported before the command line is read.
@@ -11,12 +13,14 @@ Nothing heavy is imported before the command line is read.
 import argparse
 import dataclasses
 import json
+import math
 import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 USUAL = {"train": (4, 512), "prefill": (1, 512), "decode": (1, 64)}  # batch, length of a bench
+MIXES = ("sharegpt", "fixed", "prefix", "chat", "copy")  # of bench serve
 DEFAULT = pathlib.Path(__file__).parents[1] / "configs" / "quickstart.py"
 
 
@@ -24,11 +28,12 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command line; exit status 2 after an error that the user can mend."""
     parser = _parser()
     asked, extra = parser.parse_known_args(arguments)  # settings may stand between options, too
-    if extra and (asked.command in ("bench", "quantize") or any(word.startswith("-") for word in extra)):
+    alone = {"bench": _bench, "soak": _soak, "quantize": _quantize}
+    if extra and (asked.command in alone or any(word.startswith("-") for word in extra)):
         parser.error(f"unrecognized arguments: {' '.join(extra)}")
     try:
-        if asked.command in ("bench", "quantize"):
-            return {"bench": _bench, "quantize": _quantize}[asked.command](asked)
+        if asked.command in alone:
+            return alone[asked.command](asked)
         asked.words += extra
         return {"compile": _compile, "shardings": _shardings}[asked.command](asked)
     except (ValueError, OSError) as error:
@@ -51,13 +56,19 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     bench = commands.add_parser("bench", help="measure this machine", allow_abbrev=False)
-    bench.add_argument("kind", choices=USUAL)
-    bench.add_argument("--batch", type=_positive, help="sequences (default: train 4, else 1)")
-    bench.add_argument("--length", type=_positive, help="tokens of a sequence or prompt (default: decode 64, else 512)")
-    bench.add_argument("--tokens", type=_positive, default=32, help="tokens decoded a round (decode; default 32)")
-    bench.add_argument("--rounds", type=_positive, default=5, help="rounds, of which medians are taken (default 5)")
-    bench.add_argument("--peer", default="", metavar="PYTHON", help="interpreter with torch and transformers")
-    bench.add_argument("--json", action="store_true", help="one JSON object, last on stdout")
+    kinds = bench.add_subparsers(dest="kind", required=True, metavar="train|prefill|decode|serve")
+    for kind, (batch, length) in USUAL.items():
+        _add_kind(kinds.add_parser(kind, help=f"the {kind} step", allow_abbrev=False), batch, length)
+    _add_serve(kinds.add_parser("serve", help="many requests at once", allow_abbrev=False))
+
+    soak = commands.add_parser("soak", help="many clients of a server on this machine", allow_abbrev=False)
+    soak.add_argument("--url", required=True, help="of the server, such as http://127.0.0.1:8000")
+    soak.add_argument("--clients", type=_positive, default=64, help="at once (default 64)")
+    soak.add_argument("--seconds", type=_positive, default=120, help="after which none asks again (default 120)")
+    soak.add_argument("--tokens", type=_positive, default=32, help="of the longest answer (default 32)")
+    soak.add_argument("--key", default="", help="for the API")
+    soak.add_argument("--pid", type=_positive, default=0, help="the server's process, whose memory is watched")
+    soak.add_argument("--json", action="store_true", help="one JSON object, last on stdout")
 
     quantize = commands.add_parser("quantize", help="what quantized weights cost and save", allow_abbrev=False)
     quantize.add_argument("model", metavar="MODEL", help="as for infer.py")
@@ -92,6 +103,45 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_kind(bench: argparse.ArgumentParser, batch: int, length: int) -> None:
+    """Options of a bench of one step."""
+    bench.add_argument("--batch", type=_positive, default=batch, help=f"sequences (default {batch})")
+    bench.add_argument("--length", type=_positive, default=length, help=f"tokens of each (default {length})")
+    bench.add_argument("--tokens", type=_positive, default=32, help="tokens decoded a round (decode; default 32)")
+    bench.add_argument("--rounds", type=_positive, default=5, help="rounds, of which medians are taken (default 5)")
+    _add_ends(bench)
+
+
+def _add_serve(serve: argparse.ArgumentParser) -> None:
+    """Options of the bench of serving."""
+    serve.add_argument("--mix", choices=MIXES, default="sharegpt", help="what is asked (default sharegpt)")
+    serve.add_argument(
+        "--rate", type=_rate, default=math.inf, metavar="R", help="Poisson arrivals a second (default: all at once)"
+    )
+    serve.add_argument("--requests", type=_positive, default=32, help="how many (default 32; chat: turns in all)")
+    serve.add_argument(
+        "--scale", type=_rate, default=0.125, help="lengths times this (default 0.125; not prefix, copy)"
+    )
+    serve.add_argument("--rows", type=_positive, default=32, help="sequences computed at once (default 32)")
+    serve.add_argument("--rounds", type=_positive, default=3, help="rounds, of which medians are taken (default 3)")
+    serve.add_argument("--seed", type=int, default=0, help="of the trace (default 0)")
+    serve.add_argument("--model", default="", help="as infer.py takes it (default: SmolLM2-135M, random weights)")
+    serve.add_argument("--plot", default="", metavar="FILE", help="draw the last round, such as serving.png")
+    _add_ends(serve)
+
+
+def _add_ends(bench: argparse.ArgumentParser) -> None:
+    bench.add_argument("--peer", default="", metavar="PYTHON", help="interpreter with torch and transformers")
+    bench.add_argument("--json", action="store_true", help="one JSON object, last on stdout")
+
+
+def _rate(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{value} must be above 0")
+    return value
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -119,13 +169,14 @@ def _bench(asked: argparse.Namespace) -> int:
     look_only_where_chips_are()
     keep_freed_memory()
     cache_compilations()
+    if asked.kind == "serve":
+        return _serve(asked)
     from perf.bench import BenchConfig, run
 
-    batch, length = USUAL[asked.kind]
     config = BenchConfig(
         kind=asked.kind,
-        batch=asked.batch or batch,
-        length=asked.length or length,
+        batch=asked.batch,
+        length=asked.length,
         tokens=asked.tokens,
         rounds=asked.rounds,
         peer=asked.peer,
@@ -133,6 +184,16 @@ def _bench(asked: argparse.Namespace) -> int:
     result = run(config, _say)
     print(json.dumps(result) if asked.json else "\n".join(_lines(result)))
     return 0
+
+
+def _soak(asked: argparse.Namespace) -> int:
+    """Soak a server; exit status 1 where it did not stand."""
+    from perf.soak import SoakConfig, run
+
+    names = [field.name for field in dataclasses.fields(SoakConfig) if field.name != "longest"]
+    result = run(SoakConfig(**{name: getattr(asked, name) for name in names}))
+    print(json.dumps(result) if asked.json else "\n".join(_lines(result)))
+    return 0 if result["passed"] else 1
 
 
 def _quantize(asked: argparse.Namespace) -> int:
@@ -161,9 +222,34 @@ def _quantize(asked: argparse.Namespace) -> int:
     return 0
 
 
+def _serve(asked: argparse.Namespace) -> int:
+    """Measure answering many requests."""
+    from perf import serving
+    from perf.workload import Workload
+
+    mix = "sharegpt" if asked.mix == "copy" else asked.mix
+    work = Workload(mix=mix, requests=asked.requests, rate=asked.rate, scale=asked.scale, seed=asked.seed)
+    config = serving.ServeConfig(
+        work=work,
+        copy=asked.mix == "copy",
+        model=asked.model,
+        rows=asked.rows,
+        rounds=asked.rounds,
+        peer=asked.peer,
+    )
+    result, played = serving.run(config, _say)
+    if asked.plot:
+        from perf import serving_plot
+
+        title = f"{result['model']}: {result['requests']} requests, mix {result['mix']}, arrivals {result['rate']}"
+        serving_plot.draw(played, pathlib.Path(asked.plot), title)
+    print(json.dumps(result) if asked.json else "\n".join(_lines(result)))
+    return 0
+
+
 def _lines(result: dict) -> list[str]:
     return [
-        f"{key:>26}  {value:,.4g}" if isinstance(value, float) else f"{key:>26}  {value}"
+        f"{key:>27}  {value:,.4g}" if isinstance(value, float) else f"{key:>27}  {value}"
         for key, value in result.items()
     ]
 
