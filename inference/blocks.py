@@ -22,7 +22,7 @@ class Copy(NamedTuple):
     target: int
 
 
-class OutOfBlocks(Exception):
+class OutOfBlocks(Exception):  # noqa: N818
     """No block is free: some sequence has to give its own back first."""
 
 

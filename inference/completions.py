@@ -1,4 +1,4 @@
-"""POST /v1/completions: prompts continued. From the wire to a plan, and from pieces to the wire. Knows no HTTP server."""
+"""POST /v1/completions: prompts continued. From the wire to a plan, from pieces to the wire. Knows no HTTP server."""
 
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -114,13 +114,13 @@ class Texts:
             return None
         spelling, top = self._served.spelling, self._asked.logprobs > 0
         tokens = [*(echo.tokens if echo else []), *(each.token for each in told)]
-        tops = [{spelling.text(token): logprob for token, logprob in each.top} for each in told]
-        texts, offsets = [spelling.text(token) for token in tokens], []
-        for text in texts:
+        tops = [{spelling.name(token): logprob for token, logprob in each.top} for each in told]
+        offsets = []
+        for token in tokens:
             offsets.append(offset)
-            offset += len(text)
+            offset += len(spelling.text(token))
         return {
-            "tokens": texts,
+            "tokens": [spelling.name(token) for token in tokens],
             "token_logprobs": [*(echo.logprobs if echo else []), *(each.logprob for each in told)],
             "top_logprobs": [*([None] * len(echo.tokens) if echo else []), *tops] if top else None,
             "text_offset": offsets,

@@ -5,17 +5,19 @@ that is slow but steady stays.
 """
 
 import asyncio
+import socket
 from typing import Any
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-BUFFER = 65_536  # bytes on their way to a client, beside the system's own buffers
+HTTP: Any = AutoHTTPProtocol  # one of two classes, by what is installed
+BUFFER = 65_536  # bytes on their way to a client that does not read: here, and as many in the system's own buffer
 
 
 def patient(seconds: float) -> type[asyncio.Protocol]:
     """The protocol with this patience."""
 
-    class Connection(AutoHTTPProtocol):  # pyright: ignore[reportGeneralTypeIssues]
+    class Connection(HTTP):
         """One client."""
 
         _cut: asyncio.TimerHandle | None = None
@@ -24,6 +26,7 @@ def patient(seconds: float) -> type[asyncio.Protocol]:
             """A client came: it has to ask."""
             super().connection_made(transport)
             transport.set_write_buffer_limits(high=BUFFER)
+            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
             self._wait()
 
         def data_received(self, data: bytes) -> None:

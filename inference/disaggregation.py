@@ -11,7 +11,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from inference.config import EngineConfig
 from parallel.records import require
@@ -25,6 +25,7 @@ class DisaggregationConfig:
     """Which prompts a decode server gives away, and to whom."""
 
     prefill_from: str = ""  # address of a server that computes long prompts for this one
+    prefill_when: Literal["worth", "always"] = "worth"  # a prompt goes: where rates say so, or whatever they say
     min_away: int = 64  # tokens of a prompt that the cache lacks, fewer of which are always computed here
     slowdown: float = 2.0  # so many times as long as here a prompt may take there while other answers run here
     at_once: int = 8  # prompts away at the same time; further ones are computed here
@@ -44,7 +45,7 @@ class DisaggregationConfig:
         if secret and len(secret) < SHORTEST:
             raise ValueError(f"the secret in {SECRET} has {len(secret)} characters; it needs at least {SHORTEST}")
         if secret and not engine.prefix_cache:
-            raise ValueError(f"KV blocks are handed over through the prefix cache; leave out --no-prefix-cache or {SECRET}")
+            raise ValueError(f"KV blocks go through the prefix cache; leave out --no-prefix-cache, or unset {SECRET}")
         return secret
 
 
@@ -81,7 +82,8 @@ def estimate(
     here = missing / rates.here
     there = rates.delay + missing / rates.there + missing * bytes_per_token / rates.link
     limit = config.slowdown if others else 1.0
-    return Estimate(here, there, missing >= config.min_away and there <= limit * here)
+    is_worth = config.prefill_when == "always" or there <= limit * here
+    return Estimate(here, there, is_worth and missing >= config.min_away)
 
 
 def break_even(*, bytes_per_token: float, rates: Rates, limit: float = 1.0) -> float:

@@ -1,14 +1,14 @@
 """Requests in, tokens out: the border between the scheduler, which is the host's, and the device. Knows no text.
 
-A step is enqueued before the tokens of the one before it are fetched, so what the host does with these takes place while
-the device computes; the tokens themselves stay there. Only guesses and grammars need them on the host first.
+A step is enqueued before the tokens of the one before it are fetched, so what the host does with these takes place
+while the device computes; the tokens themselves stay there. Only guesses and grammars need them on the host first.
 """
 
 import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from inference import sampling, speculative, steps
 from inference.blocks import NOBODY, block_names
 from inference.config import EngineConfig
+from inference.drafting import Draft, check_draft, draft
 from inference.request import EngineStats, Output, Prompt, Request, TopToken
 from inference.scheduler import Kind, Limits, Plan, Scheduler, SequenceState, Work
 from inference.steps import TILE, Batch, Program, Shape, power_of_two
@@ -57,22 +58,27 @@ class Engine:
         *,
         num_tokens: int,
         options: EngineConfig,
+        draft: Draft | None = None,
     ):
-        config = with_kernels(config, mesh.devices.flat[0].platform)
+        platform = mesh.devices.flat[0].platform
+        config = with_kernels(config, platform)
         self.parameters, self.options = parameters, options
         self.program = Program(config, mesh, rules, num_tokens)
         self.max_length = most_tokens(config, options)
         limits = Limits(options.max_rows, options.block_size, TILE, max(1, options.chunk // TILE), self.max_length)
         kinds = kinds_of(config, options)
-        guesses = speculative.Guesser(options.draft_length) if options.speculation == "ngram" else None
+        guesses = guesses_of(options, draft)
         self.scheduler = Scheduler(kinds, limits, reuse=options.prefix_cache, guesses=guesses)
         self._num_blocks = {kind.name: kind.num_blocks for kind in kinds}
         self._slots = jax.jit(
             functools.partial(sampling.empty_slots, options.max_rows, config.vocab_size), out_shardings=self._whole
         )()
-        self._pools = steps.empty_pools(
-            self.program, self._num_blocks, options.block_size, int8=options.kv_dtype == "int8"
-        )
+        self._pools = self._empty_pools(self.program)
+        self._drafting: tuple[Program, Parameters] | None = None
+        if draft is not None:
+            check_draft(draft.config, config, max_length=self.max_length)
+            self._drafting = self.program._replace(config=with_kernels(draft.config, platform)), draft.parameters
+            self._draft_pools = self._empty_pools(self._drafting[0])
         self._pending: Pending | None = None
         self._told: list[Output] = []  # that the next step tells beside its own
         self._num_steps = self._num_generated = 0
@@ -85,6 +91,25 @@ class Engine:
         """End a request, if it has not ended yet; the next step tells so."""
         if self.scheduler.cancel(id) is not None:
             self._told.append(Output(id, [], [], [], "cancelled"))
+
+    def fork(self, children: Mapping[int, Sequence[int]]) -> dict[int, list[int]]:
+        """Held beams go on with these tokens instead of the one that each has chosen last; those without any end.
+
+        -> of each that goes on, the ids of what came of it. They share blocks, but for the one that each writes next.
+        """
+        forked = self.scheduler.fork(children)
+        most = max(map(len, forked.copies.values()))
+        if most:
+            blocks = {kind: np.full((2, power_of_two(most)), NOBODY, np.int32) for kind in forked.copies}
+            for kind, copies in forked.copies.items():
+                blocks[kind][:, : len(copies)] = np.asarray(copies, np.int32).reshape(-1, 2).T
+            copies = self._put(tuple({kind: both[i] for kind, both in blocks.items()} for i in range(2)))
+            self._pools = steps.copy_blocks(self._pools, *copies, program=self.program)
+            if self._drafting is not None:
+                self._draft_pools = steps.copy_blocks(self._draft_pools, *copies, program=self._drafting[0])
+        for sequence in forked.running:
+            self._fill(sequence)
+        return forked.ids
 
     @property
     def has_work(self) -> bool:
@@ -136,9 +161,10 @@ class Engine:
     def shapes(self) -> list[Shape]:
         """Every shape that a step can have."""
         limits, width = self.scheduler.limits, self._width
-        rows = powers_to(limits.max_rows)
-        tiles = powers_to(limits.max_tiles)
-        widths = sorted({1, width})
+        if self.options.one_shape:
+            return [Shape(power_of_two(limits.max_rows), width, self._tile_counts[-1])]
+        rows, tiles = powers_to(limits.max_rows), self._tile_counts
+        widths = [width] if self._drafting else sorted({1, width})
         return [
             *(Shape(count, w, 0) for count in rows for w in widths),
             *(Shape(count, w, many) for count, w in {(0, 1), *((rows[-1], w) for w in widths)} for many in tiles),
@@ -220,6 +246,11 @@ class Engine:
         return 1 + (0 if self.options.speculation == "off" else self.options.draft_length)
 
     @property
+    def _tile_counts(self) -> list[int]:
+        """How many tiles a step can have: every other power of two, so that few shapes are compiled."""
+        return powers_to(self.scheduler.limits.max_tiles)[::-2][::-1]
+
+    @property
     def _whole(self) -> NamedSharding:
         """On every device of the mesh."""
         return NamedSharding(self.program.mesh, P())
@@ -232,8 +263,7 @@ class Engine:
         """Hand the plan to the device, rows in the order of their lengths: ops/paged_reference.py gains from it."""
         plan.rows.sort(key=lambda work: work.start)
         for sequence in plan.admitted:
-            length = next(length for length in self._admission_lengths() if length >= len(sequence.tokens))
-            self._admit(sequence.slot, sequence.request, sequence.answer, slots=length)
+            self._fill(sequence)
         constrained = [
             work.sequence for work in (*plan.rows, *plan.tiles) if work.chooses and work.sequence.request.constraint
         ]
@@ -244,21 +274,32 @@ class Engine:
         self._num_steps += 1
         return Pending(plan, shape, stepped.choice, stepped.is_taken)
 
+    def _empty_pools(self, program: Program) -> Any:
+        options = self.options
+        return steps.empty_pools(program, self._num_blocks, options.block_size, int8=options.kv_dtype == "int8")
+
     def _run(self, shape: Shape, batch: Batch) -> steps.Stepped:
-        stepped = steps.step(
-            self.parameters, self._slots, self._pools, self._put(batch), program=self.program, shape=shape
-        )
+        batch = self._put(batch)
+        if self._drafting is not None:
+            program, parameters = self._drafting
+            tokens, self._draft_pools = draft(
+                parameters, self._slots, self._draft_pools, batch, program=program, shape=shape
+            )
+            batch = batch._replace(tokens=tokens)
+        stepped = steps.step(self.parameters, self._slots, self._pools, batch, program=self.program, shape=shape)
         self._slots, self._pools = stepped.slots, stepped.pools
         return stepped
 
     def _shape(self, plan: Plan) -> Shape:
         """The smallest of the shapes that holds the plan."""
-        width = self._width if any(work.num_drafts for work in plan.rows) else 1
+        if self.options.one_shape:
+            return self.shapes()[0]
+        width = self._width if self._drafting or any(work.num_drafts for work in plan.rows) else 1
         rows = power_of_two(len(plan.rows)) if plan.rows else 0
         if not plan.tiles:
             return Shape(min(rows, power_of_two(self.options.max_rows)), width, 0)
         rows = power_of_two(self.options.max_rows) if rows else 0
-        return Shape(rows, width, power_of_two(len(plan.tiles)))
+        return Shape(rows, width if rows else 1, next(count for count in self._tile_counts if count >= len(plan.tiles)))
 
     def _batch(self, plan: Plan, shape: Shape) -> Batch:
         """The plan as arrays; what nobody uses belongs to the slot for padding."""
@@ -291,6 +332,11 @@ class Engine:
         """Lengths that a prompt is padded to when its slot is filled."""
         *some, most = [length for length in powers_to(max(self.max_length, SHORTEST)) if length >= SHORTEST]
         return [*some[::2], most]
+
+    def _fill(self, sequence: SequenceState) -> None:
+        """Fill a sequence's slot."""
+        length = next(length for length in self._admission_lengths() if length >= len(sequence.tokens))
+        self._admit(sequence.slot, sequence.request, sequence.answer, slots=length)
 
     def _admit(self, slot: int | None, request: Request, answer: list[int], *, slots: int) -> None:
         """Fill a slot."""
@@ -365,6 +411,18 @@ class Engine:
 
 admit = jax.jit(sampling.admit, donate_argnames="slots")
 allow = jax.jit(sampling.allow, donate_argnames="slots")
+
+
+def guesses_of(options: EngineConfig, draft: Draft | None) -> speculative.TextGuesses | speculative.ModelGuesses | None:
+    """Who guesses; ValueError where the model that shall is missing, or is given for nothing."""
+    if (options.speculation == "draft") != (draft is not None):
+        raise ValueError(
+            f"engine.speculation={options.speculation} and a draft model is {'given' if draft else 'missing'}; "
+            "the two go together"
+        )
+    kinds = {"off": None, "ngram": speculative.TextGuesses, "draft": speculative.ModelGuesses}
+    make = kinds[options.speculation]
+    return None if make is None else make(options.draft_length)
 
 
 def most_tokens(config: ModelConfig, options: EngineConfig) -> int:

@@ -9,13 +9,14 @@ from typing import Literal, NamedTuple
 from parallel.records import nearest
 
 SMOLLM2 = "smollm2"
-KINDS = "a run folder, a Hugging Face folder or NAME/MODEL, a GGUF file, or smollm2"
+QUANTIZED = "meshlight_quantized"  # key of config.json in a folder of `infer.py quantize`
+KINDS = "a run folder, a Hugging Face folder or NAME/MODEL, a GGUF file, a folder of `infer.py quantize`, or smollm2"
 
 
 class Location(NamedTuple):
     """Where a model is."""
 
-    kind: Literal["run", "huggingface", "hub", "gguf"]
+    kind: Literal["run", "huggingface", "hub", "gguf", "quantized"]
     path: pathlib.Path  # folder or file; the name on the hub
 
 
@@ -46,8 +47,8 @@ def smollm2() -> pathlib.Path:
     return files[0]
 
 
-def kind_of(folder: pathlib.Path) -> Literal["run", "huggingface"]:
-    """Whether a folder is one of ours or one of Hugging Face's: config.json says."""
+def kind_of(folder: pathlib.Path) -> Literal["run", "huggingface", "quantized"]:
+    """Whether a folder is one of ours, of train.py or quantized, or one of Hugging Face's: config.json says."""
     config = folder / "config.json"
     try:
         fields = json.loads(config.read_text(encoding="utf-8"))
@@ -59,6 +60,8 @@ def kind_of(folder: pathlib.Path) -> Literal["run", "huggingface"]:
         raise ValueError(f"{config} is no JSON: {error}; the file is damaged") from None
     if isinstance(fields, dict) and isinstance(fields.get("model"), dict):
         return "run"
+    if isinstance(fields, dict) and QUANTIZED in fields:
+        return "quantized"
     return "huggingface"
 
 

@@ -9,11 +9,13 @@ import dataclasses
 import functools
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 import httpx
 import jax
 import numpy as np
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 from inference.blocks import block_names
 from inference.config import SamplingConfig
@@ -22,7 +24,7 @@ from inference.engine import Engine, Exported
 from inference.handover import FRAME, HEAD_LIMIT, Ask, DamagedError, Head, Sealing, block_bytes, read_blocks, read_head
 from inference.prefill_door import PATH, About, parts
 from inference.request import Prompt, Request
-from inference.service import Full, Service, TimedOut, Unavailable
+from inference.service import FullError, Service, TimedOutError, UnavailableError
 
 PROBE = 512  # tokens of the prompts that rates are first measured with, at most
 ALIKE = 0.1  # mean difference of log-probabilities up to which two models are one, computed on two machines
@@ -36,7 +38,8 @@ class AwayError(Exception):
     """The prefill server does not do it; the text says why."""
 
 
-FAILURES = (AwayError, DamagedError, httpx.HTTPError, TimeoutError, Full, Unavailable, TimedOut)
+THEIRS = (AwayError, DamagedError, httpx.HTTPError, TimeoutError)
+OURS = (FullError, UnavailableError, TimedOutError)  # which the prompt itself will meet again
 
 
 @dataclasses.dataclass
@@ -48,6 +51,21 @@ class Tally:
     failed: int = 0  # computed here after all
     blocks: int = 0  # that came
     bytes: int = 0
+
+
+class TallyCollector(Collector):
+    """The tally as Prometheus reads it."""
+
+    def __init__(self, tally: Tally):
+        self._tally = tally
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """All of it."""
+        prompts = CounterMetricFamily("meshlight_prefill_prompts", "Prompts, by where computed", labels=["where"])
+        for where in ("here", "away", "failed"):
+            prompts.add_metric([where], getattr(self._tally, where))
+        yield prompts
+        yield CounterMetricFamily("meshlight_prefill_bytes", "Bytes of KV blocks that came", value=self._tally.bytes)
 
 
 class PrefillAway:
@@ -65,6 +83,7 @@ class PrefillAway:
         transport: httpx.AsyncBaseTransport | None = None,  # how it is reached, where not by the network
     ):
         self.tally = Tally()
+        service.metrics.registry.register(TallyCollector(self.tally))
         self._service, self._about, self._config, self._say = service, about, config, say
         self._url, self._secret = url, secret
         self._rates = self._first_rates = Rates(here=1.0, there=1.0, **GUESS)
@@ -85,8 +104,10 @@ class PrefillAway:
                 self._rest = REST
             else:
                 self.tally.here += 1
-        except FAILURES as error:
+        except THEIRS as error:
             self._failed(error)
+        except OURS:
+            self.tally.failed += 1
         finally:
             self._num_away -= 1
 
@@ -105,6 +126,8 @@ class PrefillAway:
         """Measure all rates with a prompt that nobody has; those of the other server are guessed where it is not up."""
         size = self._about.block_size
         tokens = (0,) * (min(PROBE, max_length - 1) // size * size)
+        if not tokens:  # no prompt has a full block, so none ever goes
+            return self._rates
         started = time.monotonic()
         await self._compute(tokens, secrets.token_hex(16))
         here = len(tokens) / (time.monotonic() - started)
@@ -116,7 +139,7 @@ class PrefillAway:
             await self._fetch(dataclasses.replace(ask, have=len(tokens) // size, nonce=secrets.token_bytes(16)))
             self._rates = dataclasses.replace(self._rates, delay=time.monotonic() - started)
             self._first_rates = self._rates
-        except FAILURES as error:
+        except THEIRS as error:
             self._failed(error)
         return self._first_rates
 

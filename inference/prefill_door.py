@@ -35,13 +35,14 @@ from inference.handover import (
 )
 from inference.request import Request
 from inference.responses import unless_gone
-from inference.service import Full, Service, TimedOut, Unavailable
+from inference.service import FullError, Service, TimedOutError, UnavailableError
 from inference.steps import over_blocks
 
 PATH = "/internal/blocks"
 AT_ONCE = 8  # blocks of a frame: the engine reads or writes so many between two steps
 KNOWN_TEXT = 33  # tokens of the text that shows whether two servers have one model
 SALT_LIMIT = 4096  # bytes
+PATIENCE = 30.0  # seconds for a question to come
 
 
 class About(NamedTuple):
@@ -66,8 +67,9 @@ class PrefillDoor:
             return await self._app(scope, receive, send)
         request = HttpRequest(scope, receive)
         try:
-            content = await self._read(request)
-        except ClientDisconnect:
+            async with asyncio.timeout(PATIENCE):
+                content = await self._read(request)
+        except (ClientDisconnect, TimeoutError):
             return None
         response = await unless_gone(receive, self._answer(request.method, content))
         return None if response is None else await response(scope, receive, send)
@@ -92,9 +94,9 @@ class PrefillDoor:
             return refused(401, str(error))
         except ValueError as error:  # damaged, or a prompt that no request can have
             return refused(400, str(error))
-        except Full as error:
+        except FullError as error:
             return refused(429, str(error))
-        except (Unavailable, TimedOut) as error:
+        except (UnavailableError, TimedOutError) as error:
             return refused(503, str(error))
 
     async def _computed(self, ask: Ask) -> Response:
@@ -156,14 +158,13 @@ def about(engine: Engine) -> About:
 def compile_parts(engine: Engine) -> None:
     """Compile reading and writing of as many blocks as frames have, with blocks that no prompt ever finds."""
     size, shapes = engine.options.block_size, engine.block_shapes()
-    count = min(AT_ONCE, engine.max_length // size)
-    while count:
+    for most in (1 << i for i in range(AT_ONCE.bit_length())):
+        count = min(most, engine.max_length // size)
         tokens, salt = (0,) * (count * size), secrets.token_hex(16)
         names = list(block_names(tokens, size, salt=salt))
         zeros = over_blocks(lambda axis, leaf, count=count: np.zeros(of(leaf.shape, axis, count), leaf.dtype), shapes)
         engine.import_blocks(Exported(names, zeros))
         engine.export_blocks(tokens, salt)
-        count //= 2
 
 
 def of(shape: tuple[int, ...], axis: int, count: int) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from inference.balancing import Balancer, BalancingConfig, beginning
 from inference.event_stream import Events, event
@@ -89,19 +89,19 @@ class Call:
 class Client:
     """Who asks: what it has got so far."""
 
-    def __init__(self, send: Send, stall: float):
-        self._send, self._stall = send, stall
+    def __init__(self, send: Send):
+        self._send = send
         self.has_started = self.has_ended = self.is_stream = False
 
     async def start(self, status: int, headers: Headers, *, is_stream: bool) -> None:
         """Status and headers; from here on nothing can be taken back."""
         self.has_started, self.is_stream = True, is_stream
-        await self._tell({"type": "http.response.start", "status": status, "headers": headers})
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def take(self, piece: bytes, *, more: bool = True) -> None:
         """A piece of the answer; waits while the client does not read."""
         self.has_ended = self.has_ended or not more
-        await self._tell({"type": "http.response.body", "body": piece, "more_body": more})
+        await self._send({"type": "http.response.body", "body": piece, "more_body": more})
 
     async def refuse(self, refusal: RefusedError) -> None:
         """All that it gets."""
@@ -117,13 +117,6 @@ class Client:
         """End an answer that cannot go on: a stream with an event, anything else by the connection's end."""
         if self.is_stream and not self.has_ended:
             await self.take(event(problem(message, "server_error", code)), more=False)
-
-    async def _tell(self, message: Message) -> None:
-        try:
-            async with asyncio.timeout(self._stall):
-                await self._send(message)
-        except TimeoutError as error:
-            raise ConnectionError("the client does not read") from error
 
 
 class Router:
@@ -153,7 +146,7 @@ class Router:
     async def forward(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, as ASGI has it."""
         self.counts.came.inc()
-        client, outcome = Client(send, self.config.stall), "failed"
+        client, outcome = Client(send), "failed"
         try:
             outcome = await self._watched(scope, receive, client)
         except RefusedError as refusal:

@@ -15,7 +15,7 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -36,6 +36,7 @@ from inference import asking, chats, completions
 from inference.asking import Served
 from inference.completions import Echo
 from inference.config import ServerConfig
+from inference.exchange import Exchange
 from inference.gate import Gate
 from inference.keys import Keys, read_keys
 from inference.listening import listen, listening_socket
@@ -56,15 +57,20 @@ from inference.openai_api import (
 from inference.pieces import answers_of
 from inference.request import Prompt
 from inference.responses import EventStream, refusal, whole
-from inference.service import CutOff, Full, Reading, Service, TimedOut, TokenEngine, Unavailable
+from inference.service import CutOffError, FullError, Reading, Service, TimedOutError, TokenEngine, UnavailableError
 from inference.spelling import Spelling
 
 PAGE = pathlib.Path(__file__).with_name("page.html")
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
-REFUSALS = {400: "the request is wrong", 401: "no key, or a wrong one", 404: "no such model", 408: "too slow", 413: "too large",
-            429: "the queue is full", 503: "no answer now"}  # fmt: skip
+REFUSALS = {
+    400: "the request is wrong", 401: "no key, or a wrong one", 404: "no such model", 408: "too slow",
+    413: "too large", 429: "the queue is full", 503: "no answer now",
+}  # fmt: skip
 TYPES = ("str", "int", "float", "bool", "none")  # pydantic names the type that it tried, behind the field
-TEXTS_AT_ONCE = 8  # embedded between two steps of the engine
+TEXTS_AT_ONCE, TOKENS_AT_ONCE = 8, 4096  # embedded between two steps of the engine, one text at least
+
+
+Before = Callable[[Prompt, str], Awaitable[None]]
 
 
 @runtime_checkable
@@ -104,9 +110,10 @@ class StrictRoute(APIRoute):
 class Doors:
     """What each path does."""
 
-    def __init__(self, service: Service, served: Served, config: ServerConfig):
-        self._service, self._served, self._config = service, served, config
+    def __init__(self, service: Service, served: Served, config: ServerConfig, before: Before | None = None):
+        self._service, self._served, self._config, self._before = service, served, config, before
         self._readers = concurrent.futures.ThreadPoolExecutor(2, "asking")  # tokenize and read grammars
+        self._num_reading = 0  # requests there
 
     async def complete(self, asked: AskedCompletion, request: HttpRequest) -> Response:
         """Continue one prompt or several."""
@@ -130,7 +137,6 @@ class Doors:
         asking.check_model(asked.model, self._served)
         if asked.dimensions is not None:
             raise ApiError(400, "dimensions is not supported: vectors are as wide as the model", param="dimensions")
-        self._service.check_room(1)
         read = functools.partial(asking.prompts, asked.input, self._served, param="input", config=self._config)
         texts = await self._in_thread(read)
         most = self._served.max_length
@@ -142,8 +148,7 @@ class Doors:
         return await whole(request.receive, embedded, lambda: None)
 
     async def _embedded(self, texts: Sequence[Prompt], *, is_base64: bool) -> dict[str, Any]:
-        parts = [texts[at : at + TEXTS_AT_ONCE] for at in range(0, len(texts), TEXTS_AT_ONCE)]
-        vectors = [vector for part in parts for vector in await self._service.embed(part)]
+        vectors = [vector for part in parts(texts) for vector in await self._service.embed(part)]
         data = [
             {"object": "embedding", "index": i, "embedding": written(vector, is_base64=is_base64)}
             for i, vector in enumerate(vectors)
@@ -194,7 +199,6 @@ class Doors:
 
     async def _planned(self, make: Callable[..., asking.Plan], asked: Any, request: HttpRequest) -> asking.Plan:
         """The plan, made beside the event loop, which other answers need."""
-        self._service.check_room(1)
         salt, capacity = request.scope["state"]["salt"], self._service.capacity
         return await self._in_thread(
             functools.partial(make, asked, self._served, self._config, salt=salt, capacity=capacity)
@@ -214,6 +218,9 @@ class Doors:
         self, wire: completions.Texts | chats.Turns, plan: asking.Plan, *, is_stream: bool, request: HttpRequest
     ) -> Response:
         """Hand the plan in, and its answers out."""
+        if self._before is not None:
+            prompts = {(each.prompt, each.salt) for each in plan.requests}
+            await asyncio.gather(*(self._before(*prompt) for prompt in prompts))
         stream = self._service.submit(plan.requests)
         answers = answers_of(plan, self._served.tokenizer)
         if is_stream:
@@ -221,7 +228,24 @@ class Doors:
         return await whole(request.receive, wire.whole(stream, answers), stream.close)
 
     async def _in_thread(self, function: Callable[[], Any]) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._readers, function)
+        """What the function gives, beside the event loop, where there is room for one more request."""
+        self._service.check_room(1 + self._num_reading)
+        self._num_reading += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._readers, function)
+        finally:
+            self._num_reading -= 1
+
+
+def parts(texts: Sequence[Prompt]) -> list[list[Prompt]]:
+    """The texts in order, cut so that no part holds the engine up for long."""
+    cut: list[list[Prompt]] = []
+    for text in texts:
+        longest = max(map(len, [text, *(cut[-1] if cut else [])]))
+        if not cut or len(cut[-1]) == TEXTS_AT_ONCE or longest * (len(cut[-1]) + 1) > TOKENS_AT_ONCE:
+            cut.append([])
+        cut[-1].append(text)
+    return cut
 
 
 def written(vector: np.ndarray, *, is_base64: bool) -> list[float] | str:
@@ -230,9 +254,11 @@ def written(vector: np.ndarray, *, is_base64: bool) -> list[float] | str:
     return base64.b64encode(vector.tobytes()).decode() if is_base64 else vector.tolist()
 
 
-def application(service: Service, served: Served, config: ServerConfig, keys: Keys) -> ASGIApp:
-    """All paths, behind the gate."""
-    doors = Doors(service, served, config)
+def application(
+    service: Service, served: Served, config: ServerConfig, keys: Keys, *, before: Before | None = None
+) -> ASGIApp:
+    """All paths, behind the gate. `before` is done with each prompt and its salt before the engine gets it."""
+    doors = Doors(service, served, config, before)
     app = FastAPI(title="Meshlight", docs_url=None, redoc_url=None)
     app.router.route_class = StrictRoute
     refusals: dict[int | str, dict[str, Any]] = {
@@ -288,7 +314,7 @@ def handle_errors(app: FastAPI) -> None:
 
     app.add_exception_handler(RequestValidationError, wrong)  # pyright: ignore[reportArgumentType]
     app.add_exception_handler(HTTPException, plain)  # pyright: ignore[reportArgumentType]
-    for kind in (Full, Unavailable, TimedOut, CutOff, ValueError, Exception):
+    for kind in (FullError, UnavailableError, TimedOutError, CutOffError, ValueError, Exception):
         app.add_exception_handler(kind, other)
 
 
@@ -300,24 +326,34 @@ def wrong_field(error: RequestValidationError) -> ApiError:
     return ApiError(400, f"{named or 'the body'}: {first['msg']}", param=named or None, code=first["type"])
 
 
-def serve(engine: ServedEngine, tokenizer: Tokenizer, config: ServerConfig, *, name: str, max_rows: int) -> int:
+def serve(
+    engine: ServedEngine, tokenizer: Tokenizer, config: ServerConfig, *, name: str, max_rows: int,
+    others: Exchange | None = None,
+) -> int:  # fmt: skip
     """Serve till a signal comes; -> exit status."""
     keys = read_keys(config)
     bound = listening_socket(config.host, config.port)
+    model = served(engine, tokenizer, config.name or name)
+    return asyncio.run(_serve(engine, model, config, keys, bound, capacity=max_rows + config.queue, others=others))
+
+
+def served(engine: ServedEngine, tokenizer: Tokenizer, name: str) -> Served:
+    """The engine's model as the API shows it."""
     template = chat.template_of(tokenizer) if isinstance(tokenizer, HuggingFaceTokenizer) else None
-    served = Served(
-        name=config.name or name, tokenizer=tokenizer, template=template, max_length=engine.max_length,
-        created=int(time.time()), spelling=Spelling(tokenizer),
+    return Served(
+        name=name, tokenizer=tokenizer, template=template, max_length=engine.max_length, created=int(time.time()),
+        spelling=Spelling(tokenizer),
     )  # fmt: skip
-    return asyncio.run(_serve(engine, served, config, keys, bound, capacity=max_rows + config.queue))
 
 
 async def _serve(
-    engine: ServedEngine, served: Served, config: ServerConfig, keys: Keys, bound: socket.socket, *, capacity: int
-) -> int:
+    engine: ServedEngine, served: Served, config: ServerConfig, keys: Keys, bound: socket.socket, *, capacity: int,
+    others: Exchange | None,
+) -> int:  # fmt: skip
     reading = Reading(buffer=config.buffer, patience=config.patience, timeout=config.timeout)
     service = Service(engine, Metrics(), capacity=capacity, reading=reading)
     service.start()
+    away = await others.away(service, say) if others else None
     host, port, *_ = bound.getsockname()
     at = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     print(f"{served.name} is served at {at}", flush=True)
@@ -328,11 +364,14 @@ async def _serve(
         if not await service.drain(config.drain):
             say(f"{service.num_open} answers did not end within {config.drain:g} s")
 
-    app = application(service, served, config, keys)
+    app = application(service, served, config, keys, before=away.before if away else None)
+    app = others.door(app, service) if others else app
     try:
         await listen(app, bound, drain=drain, patience=config.patience, say=say)
     finally:
         await service.close()
+        if away:
+            await away.close()
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Guesses of what comes next, from the text itself: prompt lookup, and how many to make. Knows no model.
+"""Guesses of what comes next: prompt lookup, and how many to make. Knows no model and no device.
 
 Guessed tokens are computed together with the last one and kept while they are what plain decoding chooses: the token at
 a place of the answer is drawn with the key of its seed and that place, guessed or not. So an answer with guesses is the
@@ -11,29 +11,68 @@ from collections.abc import Sequence
 SIZES = (4, 3, 2)  # tokens at the end of the text that are looked up, the most telling first
 
 
-class Guesser:
-    """Guesses for each text as many tokens as have been right of late: one more when all were, half when none was."""
+UNKNOWN = -1  # a guess that only the device will know
+
+
+class Pace:
+    """How many tokens to guess for each text: one more when all were right, half when none was."""
 
     def __init__(self, most: int):
         self.most = most
-        self._texts: dict[int, Lookup] = {}
         self._counts: dict[int, int] = {}
+
+    def __getitem__(self, id: int) -> int:
+        return self._counts.get(id, self.most)
+
+    def learn(self, id: int, *, guessed: int, right: int) -> None:
+        """How the last guesses went."""
+        self._counts[id] = min(self.most, self[id] + 1) if right == guessed else max(1, right, self[id] // 2)
+
+    def forget(self, id: int) -> None:
+        """The text has ended."""
+        self._counts.pop(id, None)
+
+
+class TextGuesses:
+    """Guesses by what followed the same words before."""
+
+    def __init__(self, most: int):
+        self._pace = Pace(most)
+        self._texts: dict[int, Lookup] = {}
 
     def guess(self, id: int, tokens: Sequence[int]) -> list[int]:
         """Tokens that may come next in the text of that id, which has only grown since the last time."""
         text = self._texts.setdefault(id, Lookup())
         text.read(tokens)
-        return text.after(tokens, self._counts.get(id, self.most))
+        return text.after(tokens, self._pace[id])
 
     def learn(self, id: int, *, guessed: int, right: int) -> None:
         """How the last guesses went."""
-        count = self._counts.get(id, self.most)
-        self._counts[id] = min(self.most, count + 1) if right == guessed else max(1, right, count // 2)
+        self._pace.learn(id, guessed=guessed, right=right)
 
     def forget(self, id: int) -> None:
         """The text has ended."""
-        self._counts.pop(id, None)
+        self._pace.forget(id)
         self._texts.pop(id, None)
+
+
+class ModelGuesses:
+    """Room for guesses that a model on the device makes."""
+
+    def __init__(self, most: int):
+        self._pace = Pace(most)
+
+    def guess(self, id: int, tokens: Sequence[int]) -> list[int]:
+        """As many tokens as the model shall guess."""
+        return [UNKNOWN] * self._pace[id]
+
+    def learn(self, id: int, *, guessed: int, right: int) -> None:
+        """How the last guesses went."""
+        self._pace.learn(id, guessed=guessed, right=right)
+
+    def forget(self, id: int) -> None:
+        """The text has ended."""
+        self._pace.forget(id)
 
 
 class Lookup:

@@ -21,6 +21,11 @@ class Spelling:
             self._known[token] = self._look_up(token)
         return self._known[token]
 
+    def name(self, token: int) -> str:
+        """The token's text, or its bytes where these are no whole text: `bytes:\\xe2\\x82`. No two are the same."""
+        text = self.text(token)
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.bytes(token)) if "\ufffd" in text else text
+
     def bytes(self, token: int) -> list[int]:
         """The token's bytes."""
         text = self.text(token)
@@ -29,14 +34,14 @@ class Spelling:
         return list(raw_bytes(self._tokenizer, token))
 
     def _look_up(self, token: int) -> str:
-        piece = name(self._tokenizer, token)
+        piece = piece_of(self._tokenizer, token)
         if token in self._tokenizer.special_ids:
             return piece
         text = self._tokenizer.decode([token])
         return " " + text if piece.startswith("▁") and not text.startswith(" ") else text
 
 
-def name(tokenizer: Tokenizer, token: int) -> str:
+def piece_of(tokenizer: Tokenizer, token: int) -> str:
     """What the vocabulary calls a token, or nothing."""
     return (tokenizer.tokenizer.id_to_token(token) or "") if isinstance(tokenizer, HuggingFaceTokenizer) else ""
 
@@ -45,7 +50,7 @@ def raw_bytes(tokenizer: Tokenizer, token: int) -> bytes:
     """Bytes of a token that is no whole text."""
     if isinstance(tokenizer, ByteTokenizer):
         return bytes([token]) if token < 256 else b""
-    piece = name(tokenizer, token)
+    piece = piece_of(tokenizer, token)
     if token in tokenizer.byte_ids:  # <0xE2>
         return bytes([int(piece[3:5], 16)])
     letters = byte_letters()

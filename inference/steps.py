@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from inference.sampling import Choice, Slots, choose, logprobs_of, record
 from model.config import ModelConfig
+from model.decoder import Decoder
 from model.memory import BLOCK_NAMES, Packed, Paged, Queries, empty_blocks
 from model.parameters import Parameters, decoder
 from ops.ragged import Blocks, Groups, Ragged
@@ -141,6 +142,18 @@ def stacked(trees: Any) -> Any:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
+def read(
+    model: Decoder, tokens: Int[Array, "T"], pools: Any, batch: Batch, *, program: Program, shape: Shape
+) -> tuple[Float[Array, "T 1 D"], Any]:
+    """Compute flat tokens; -> what the model makes of each, and pools that have their keys and values."""
+    owners, within = shape.owners, shape.positions_within
+    is_token = within < batch.lengths[owners]
+    queries = Queries((batch.positions[owners] + within)[:, None], is_token.astype(jnp.int32)[:, None])
+    hidden, memory = model(tokens[:, None], queries, memories(program, shape, batch, pools))
+    pair = lambda paged: (paged.k, paged.v)  # noqa: E731
+    return hidden, pair(memory) if isinstance(memory, Paged) else tuple(pair(paged) for paged in memory)
+
+
 def memories(program: Program, shape: Shape, batch: Batch, pools: Any) -> Any:
     """What each layer's attention reads and extends."""
     config, within = program.config, shape.positions_within
@@ -161,22 +174,13 @@ def memories(program: Program, shape: Shape, batch: Batch, pools: Any) -> Any:
     return tuple(Paged(k=k, v=v, rows=first[kind][0], slots=first[kind][1], **how) for kind, (k, v) in layers)
 
 
-def pools_of(memory: Any) -> Any:
-    """The pools of memories that have been extended."""
-    pair = lambda paged: (paged.k, paged.v)  # noqa: E731
-    return pair(memory) if isinstance(memory, Paged) else tuple(pair(paged) for paged in memory)
-
-
 @functools.partial(jax.jit, static_argnames=("program", "shape"), donate_argnames=("slots", "pools"))
 def step(parameters: Parameters, slots: Slots, pools: Any, batch: Batch, *, program: Program, shape: Shape) -> Stepped:
     """Compute a batch's tokens and choose what comes after each row's tokens and each tile's last one."""
     with use(program.mesh, program.rules):
         model = decoder(program.config, parameters)
-        owners, within = shape.owners, shape.positions_within
-        tokens = jnp.where(batch.tokens < 0, slots.token[batch.slots[owners]], batch.tokens)
-        is_token = within < batch.lengths[owners]
-        queries = Queries((batch.positions[owners] + within)[:, None], is_token.astype(jnp.int32)[:, None])
-        hidden, memory = model(tokens[:, None], queries, memories(program, shape, batch, pools))
+        tokens = jnp.where(batch.tokens < 0, slots.token[batch.slots[shape.owners]], batch.tokens)
+        hidden, pools = read(model, tokens, pools, batch, program=program, shape=shape)
         chosen_by, place_ = shape.chosen_by, shape.places_chosen
         last = jnp.asarray(shape.starts)[chosen_by] + jnp.where(
             chosen_by < shape.rows, place_, jnp.maximum(batch.lengths[chosen_by] - 1, 0)
@@ -188,11 +192,11 @@ def step(parameters: Parameters, slots: Slots, pools: Any, batch: Batch, *, prog
         choice = choose(logits, slots, slot, index, num_tokens=program.num_tokens, drafts=guesses)
         is_taken = taken(shape, batch, tokens, choice.tokens)
         slots = record(slots, slot, choice.tokens, is_taken)
-        return Stepped(everywhere(slots), pools_of(memory), everywhere(choice), everywhere(is_taken))
+        return Stepped(everywhere(slots), pools, everywhere(choice), everywhere(is_taken))
 
 
 def guessed(shape: Shape, batch: Batch, tokens: Int[Array, "T"]) -> Int[Array, "O w"] | None:
-    """For each choice the guesses that it supposes to be right, -1 where there is none; None where nothing is guessed."""
+    """For each choice the guesses that it supposes to be right, -1 where none is; None where nothing is guessed."""
     if shape.width == 1:
         return None
     rows = rearrange(tokens[: shape.rows * shape.width], "(B W) -> B W", W=shape.width)[:, 1:]
@@ -262,10 +266,19 @@ def over_blocks(change, *pools: Any) -> Any:
     return jax.tree.map(both, *pools, is_leaf=lambda node: isinstance(node, Blocks))
 
 
-@functools.partial(jax.jit, donate_argnames="pools")
-def copy_blocks(pools: Any, source: Int[Array, "n"], target: Int[Array, "n"]) -> Any:
-    """Pools in which some blocks hold what others do; block 0 may be both, to fill up."""
-    return over_blocks(lambda axis, pool: put(pool, target, jnp.take(pool, source, axis=axis), axis), pools)
+@functools.partial(jax.jit, static_argnames="program", donate_argnames="pools")
+def copy_blocks(
+    pools: Any, source: dict[str, Int[Array, "n"]], target: dict[str, Int[Array, "n"]], *, program: Program
+) -> Any:
+    """Pools in which some blocks of each kind of layer hold what others do; block 0 may be both, to fill up."""
+
+    def copied(layer: Any, source: Int[Array, "n"], target: Int[Array, "n"]) -> Any:
+        return over_blocks(lambda axis, pool: put(pool, target, jnp.take(pool, source, axis=axis), axis), layer)
+
+    kinds = program.config.layer_kinds
+    if program.config.scan_layers:
+        return jax.vmap(copied)(pools, *stacked([(source[kind], target[kind]) for kind in kinds]))
+    return tuple(copied(layer, source[kind], target[kind]) for kind, layer in zip(kinds, pools, strict=True))
 
 
 @jax.jit

@@ -16,9 +16,10 @@ from jaxtyping import Array, Float
 from data import gguf_tokenizer
 from data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from inference.location import Location
-from model import gguf, gguf_file, huggingface
+from model import gguf, gguf_file, huggingface, quantized
 from model.config import ModelConfig
 from model.parameters import Parameters, abstract, shardings, summed_dims, unrolled
+from ops.quantize import Quantized, Scheme, streamed
 from ops.slabs import Slabs, slabs
 from parallel import checkpoint
 from parallel.config import AxisRules
@@ -36,14 +37,39 @@ class Model(NamedTuple):
     config: ModelConfig  # layers apart: decoding slices no stacked weights
     tokenizer: Tokenizer
     load: Callable[[Mesh, AxisRules], Parameters]
+    scheme: Scheme | None = None  # of its matrices, where they are quantized
 
 
-def open_model(location: Location, *, dtype: Dtype = "float32") -> Model:
-    """Shape and tokenizer of the model there; ValueError or OSError where files are missing, damaged or do not fit."""
-    openers = {"run": open_run, "huggingface": open_huggingface, "hub": open_hub, "gguf": open_gguf}
+def open_model(location: Location, *, dtype: Dtype = "float32", scheme: Scheme | None = None) -> Model:
+    """Shape and tokenizer of the model there; ValueError or OSError where files are missing, damaged or do not fit.
+
+    With a `scheme` its matrices are quantized when they are loaded.
+    """
+    openers = {
+        "run": open_run,
+        "huggingface": open_huggingface,
+        "hub": open_hub,
+        "gguf": open_gguf,
+        "quantized": open_quantized,
+    }
     model = openers[location.kind](location.path)
     check_vocabulary(model)
-    return model._replace(config=dataclasses.replace(model.config, compute_dtype=dtype))
+    model = model._replace(config=dataclasses.replace(model.config, compute_dtype=dtype))
+    return model if scheme is None else quantized_on_load(model, scheme)
+
+
+def quantized_on_load(model: Model, scheme: Scheme) -> Model:
+    """The same model in fewer bits; ValueError where it has few already."""
+    if model.scheme is not None:
+        raise ValueError(
+            f"{model.name} has {model.scheme} weights already; leave out --weights {scheme}, "
+            "or give the model that it was made from"
+        )
+
+    def load(mesh: Mesh, rules: AxisRules) -> Parameters:
+        return quantized.quantized(model.config, model.load(mesh, rules), scheme, mesh, rules)
+
+    return model._replace(load=load, scheme=scheme)
 
 
 def open_gguf(path: pathlib.Path) -> Model:
@@ -69,6 +95,24 @@ def open_huggingface(folder: pathlib.Path) -> Model:
         return huggingface.load(folder, mesh, rules, scan_layers=False)[1]
 
     return Model(str(folder), config, load_tokenizer(folder), load)
+
+
+def open_quantized(folder: pathlib.Path) -> Model:
+    """A folder of `infer.py quantize`."""
+    config, scheme = quantized.read_config(folder)
+
+    def load(mesh: Mesh, rules: AxisRules) -> Parameters:
+        return quantized.load(folder, config, scheme, mesh, rules)
+
+    return Model(str(folder), config, load_tokenizer(folder), load, scheme)
+
+
+def save_quantized(folder: pathlib.Path, model: Model, mesh: Mesh, rules: AxisRules) -> None:
+    """Write a quantized model, its tokenizer included, so that `open_quantized` gives it back bit for bit."""
+    assert model.scheme is not None
+    quantized.check_free(folder)
+    model.tokenizer.save(folder)
+    quantized.save(folder, model.config, model.load(mesh, rules), model.scheme)
 
 
 def open_hub(name: pathlib.Path) -> Model:
@@ -130,7 +174,7 @@ def serving_parameters(config: ModelConfig, parameters: Parameters, mesh: Mesh) 
     if config.scan_layers:
         parameters = jax.jit(lambda stacked: unrolled(config, stacked)[1])(parameters)
         config = dataclasses.replace(config, scan_layers=False)
-    leaves, tree = jax.tree.flatten(parameters)
+    leaves, tree = jax.tree.flatten(parameters, is_leaf=lambda leaf: isinstance(leaf, Quantized))
     names = jax.tree.leaves(abstract(config).names, is_leaf=lambda names: isinstance(names, tuple))
     del parameters
     return config, jax.tree.unflatten(tree, [served_leaf(leaves.pop(0), name, config, mesh) for name in names])
@@ -138,6 +182,8 @@ def serving_parameters(config: ModelConfig, parameters: Parameters, mesh: Mesh) 
 
 def served_leaf(w: Any, names: Names, config: ModelConfig, mesh: Mesh) -> Any:
     """One leaf as it is served; norms, biases, positions and routers stay as they are, experts whole."""
+    if isinstance(w, Quantized):
+        return streamed(w) if num_slabs(mesh) > 1 else w
     summed, num_parts = summed_dims(names), 1 if "experts" in names else num_slabs(mesh)
     if summed is None or (num_parts == 1 and w.dtype == config.compute_dtype):
         return w

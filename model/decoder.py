@@ -16,8 +16,7 @@ from model.layers import RESIDUAL, TOGETHER, Embedding, FeedForward, Key, Norm, 
 from model.memory import Queries
 from model.moe import Aux, MoE
 from model.remat import rematerialized
-from ops.slabs import Slabs
-from parallel.sharding import einsum, everywhere, relaid, whole
+from parallel.sharding import Held, einsum, everywhere, relaid, whole
 
 FOREVER = 2**30  # a window that hides nothing
 
@@ -111,7 +110,7 @@ class Decoder(nnx.Module):
         return relaid(self.norm(x), RESIDUAL, TOGETHER)
 
     @property
-    def unembedding(self) -> Float[Array, "V D"] | Slabs:
+    def unembedding(self) -> Float[Array, "V D"] | Held:
         """The output table, which is the embedding's where the two are tied."""
         return self.embedding.tokens[...] if self.head is None else self.head[...]
 
@@ -122,7 +121,7 @@ class Decoder(nnx.Module):
 
 
 def output_logits(
-    hidden: Float[Array, "B T D"], unembedding: Float[Array, "V D"] | Slabs, *, softcap: float | None
+    hidden: Float[Array, "B T D"], unembedding: Float[Array, "V D"] | Held, *, softcap: float | None
 ) -> Float[Array, "B T V"]:
     """Float32 logits of hidden states, capped to ±softcap by tanh where one is given."""
     logits = einsum("BTD,VD->BTV", hidden, unembedding, out=("batch", "seq", "act_vocab")).astype(jnp.float32)

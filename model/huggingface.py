@@ -258,7 +258,8 @@ def save(
     shards = _shards(shapes, kind.itemsize, max_shard_bytes)
     files = [SINGLE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
     for file, names in zip(files, shards, strict=True):
-        safetensors_file.write_file(folder / file, {name: shapes[name] for name in names}, kind, make)
+        held = {name: shapes[name] for name in names}
+        safetensors_file.write_file(folder / file, held, dict.fromkeys(held, kind), make)
     if len(shards) > 1:
         total = sum(math.prod(shape) for shape in shapes.values()) * kind.itemsize
         where = {name: file for file, names in zip(files, shards, strict=True) for name in names}

@@ -13,8 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from model.config import ModelConfig, RopeScaling
 from ops.quantized_matmul import quantized_einsum
-from ops.slabs import Slabs
-from parallel.sharding import Names, added, einsum, manual_axes, part_index, place, relaid, token_axes, whole
+from parallel.sharding import Held, Names, added, einsum, manual_axes, part_index, place, relaid, token_axes, whole
 
 Key = jax.Array
 TOGETHER = ("batch", "seq", "act_embed")  # activations where tokens meet
@@ -121,13 +120,13 @@ def _yarn(plain: list[float], head_dim: int, theta: float, scaling: RopeScaling)
     return [f * (1 - s) + f / scaling.factor * s for f, s in zip(plain, stretched, strict=True)]
 
 
-def look_up(table: Float[Array, "V d"] | Slabs, tokens: Int[Array, "B T"]) -> Float[Array, "B t D"]:
+def look_up(table: Float[Array, "V d"] | Held, tokens: Int[Array, "B T"]) -> Float[Array, "B t D"]:
     """Rows of an embedding table, laid out as RESIDUAL.
 
     Where D is split over devices with tokens of their own, each looks up its columns for the tokens of all, and an
     all-to-all brings the rows together: less to send than the table, as long as there are fewer tokens than rows.
     """
-    if isinstance(table, Slabs):
+    if isinstance(table, Held):
         return table.take(tokens)
     axes = token_axes("embed")
     for axis in reversed(axes):

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
-NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+CODES = DTYPES | {"I8": np.int8, "U8": np.uint8, "F8_E4M3": jnp.float8_e4m3fn}  # of quantized weights
+NAMES = {np.dtype(dtype): name for name, dtype in CODES.items()}
 
 
 class File(NamedTuple):
@@ -31,12 +32,12 @@ class File(NamedTuple):
         """Shape of one tensor."""
         return tuple(self.header[name]["shape"])
 
-    def read(self, name: str) -> np.ndarray:
-        """A view of one tensor, in its own float type."""
+    def read(self, name: str, dtypes: Mapping[str, Any] = DTYPES) -> np.ndarray:
+        """A view of one tensor in its own type, which must be one of `dtypes`."""
         entry = self.header[name]
-        if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{self.path}: tensor {name} is {entry['dtype']}; {', '.join(DTYPES)} are supported")
-        dtype, (begin, _) = np.dtype(DTYPES[entry["dtype"]]), entry["data_offsets"]
+        if entry["dtype"] not in dtypes:
+            raise ValueError(f"{self.path}: tensor {name} is {entry['dtype']}; {', '.join(dtypes)} are supported")
+        dtype, (begin, _) = np.dtype(dtypes[entry["dtype"]]), entry["data_offsets"]
         count = math.prod(entry["shape"])
         return np.frombuffer(self.raw, dtype, count, self.data_start + begin).reshape(entry["shape"])
 
@@ -63,14 +64,17 @@ def open_file(path: pathlib.Path) -> File:
 
 
 def write_file(
-    path: pathlib.Path, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype, make: Callable[[str], np.ndarray]
+    path: pathlib.Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, np.dtype],
+    make: Callable[[str], np.ndarray],
 ) -> None:
     """Write the tensors that `make` gives for each name; the file appears under its name when it is whole."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, shape in shapes.items():
-        size = math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + size]}
+        size = math.prod(shape) * dtypes[name].itemsize
+        header[name] = {"dtype": NAMES[dtypes[name]], "shape": list(shape), "data_offsets": [at, at + size]}
         at += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -79,7 +83,7 @@ def write_file(
         with partial.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name, shape in shapes.items():
-                array = np.ascontiguousarray(make(name).astype(dtype, copy=False))
+                array = np.ascontiguousarray(make(name).astype(dtypes[name], copy=False))
                 assert array.shape == tuple(shape), (name, array.shape, shape)
                 file.write(array.view(np.uint8).data if array.ndim else array.tobytes())
             file.flush()

@@ -218,7 +218,7 @@ def _mask(plan: _Plan, refs: _Refs, row, slot, group: int) -> _Mask:
     """What `row` sees of the stretch that begins at `slot`."""
     (_, _, Q, _), (_, _, S, H) = refs.q.shape, refs.buffers[1].shape
     position, length, window = plan.positions[row], plan.lengths[row], plan.window[0]
-    query = jax.lax.broadcasted_iota(jnp.int32, (1, Q, 1), 1) // group
+    query = jax.lax.div(jax.lax.broadcasted_iota(jnp.int32, (1, Q, 1), 1), jnp.int32(group))
     distance = (position + query) - (slot + jax.lax.broadcasted_iota(jnp.int32, (1, Q, S), 2))
     seen = slot + jax.lax.broadcasted_iota(jnp.int32, (1, S, H), 1)
     return _Mask(
@@ -239,7 +239,8 @@ def _dot(a, b, contract: tuple[int, int]):
 
 def _stretches(plan: _Plan, refs: _Refs, row):
     """The first of a row, and one after its last."""
-    return plan.first[row] // _blocks(refs), pl.cdiv(plan.end[row], _blocks(refs))
+    blocks = jnp.int32(_blocks(refs))  # lax.div: // asks which chip this is, for the sign
+    return jax.lax.div(plan.first[row], blocks), jax.lax.div(plan.end[row] + blocks - 1, blocks)
 
 
 def _blocks(refs: _Refs) -> int:
@@ -276,7 +277,7 @@ def _wait(plan: _Plan, refs: _Refs, row, i):
 
 def _turn(plan: _Plan, refs: _Refs, row, i):
     """Which buffer a stretch comes to."""
-    return (plan.before[row] + i - _stretches(plan, refs, row)[0]) % 2
+    return (plan.before[row] + i - _stretches(plan, refs, row)[0]) & 1
 
 
 def _part(plan: _Plan, refs: _Refs, row, i):

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 class Ragged(NamedTuple):
     """Rows of queries among flat T, each with the blocks that it looks at."""
 
-    tables: Int[Array, "B M"]  # blocks in the order of positions; entries past the row's end, or before its window, are 0
+    tables: Int[Array, "B M"]  # in the order of positions; entries past the row's end, or before its window, are 0
     starts: Int[Array, "B"]  # where the row's first query stands
     lengths: Int[Array, "B"]  # its queries; 0 is an idle row
     positions: Int[Array, "B"]  # of its first query in its sequence: query i sees slots 0 … positions + i

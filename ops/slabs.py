@@ -26,10 +26,6 @@ class Slabs:
         """The weight itself, as `array[...]` is."""
         return self
 
-    def astype(self, dtype: jnp.dtype) -> "Slabs":
-        """The same weight in another type."""
-        return dataclasses.replace(self, parts=tuple(part.astype(dtype) for part in self.parts))
-
     def einsum(self, equation: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """`jnp.einsum(equation, x, weight)` for an equation that sums over the last letters of x and no others."""
         left, right = equation.split("->")[0].split(",")
@@ -37,7 +33,7 @@ class Slabs:
         kept = x.shape[: x.ndim - len(summed)]
         # the barrier keeps the input from being computed again in every part's product
         rows = jax.lax.optimization_barrier(x.reshape(math.prod(kept), -1))
-        product = jnp.concatenate([rows @ part.T for part in self.parts], axis=-1)
+        product = jnp.concatenate([rows @ part.astype(x.dtype).T for part in self.parts], axis=-1)
         outputs = [size for letter, size in zip(right, self.shape, strict=True) if letter not in summed]
         return product.reshape(*kept, *outputs)
 

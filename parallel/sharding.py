@@ -22,11 +22,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Num, Shaped
 
+from ops.quantize import Quantized
 from ops.slabs import Slabs
 from parallel.config import AxisRules, MeshAxes
 from parallel.mesh import FSDP
 
 Names = tuple[str | None, ...]
+Held = Slabs | Quantized  # weights that are no single array and multiply themselves
 SMALL = 2**24  # bytes of a parameter
 FEW = 4  # devices over which a reduce-scatter is better sent directly
 
@@ -103,6 +105,15 @@ def sharding(names: Names, shape: tuple[int, ...], mesh: Mesh, rules: AxisRules)
     return NamedSharding(mesh, partition)
 
 
+def fitting(names: Names, shape: tuple[int, ...], mesh: Mesh, rules: AxisRules) -> NamedSharding:
+    """Sharding of an array whose dims stay whole where the mesh does not divide them."""
+    bound = zip(spec(names, rules, mesh), shape, strict=True)
+    entries = [
+        axes if size % math.prod(mesh.shape[axis] for axis in axes_of(axes)) == 0 else None for axes, size in bound
+    ]
+    return NamedSharding(mesh, P(*entries))
+
+
 def located(shapes: Any, shardings: Any) -> Any:
     """A tree of arrays without their numbers, but with their places."""
     return jax.tree.map(
@@ -122,11 +133,7 @@ def place(x: Shaped[Array, "..."], names: Names) -> Shaped[Array, "..."]:
     if layout is None or layout.is_manual or layout.mesh.size == 1:
         return x
     mesh, rules, _ = layout
-    bound = zip(spec(names, rules, mesh), x.shape, strict=True)
-    entries = [
-        axes if size % math.prod(mesh.shape[axis] for axis in axes_of(axes)) == 0 else None for axes, size in bound
-    ]
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*entries)))
+    return jax.lax.with_sharding_constraint(x, fitting(names, x.shape, mesh, rules))
 
 
 def divides(name: str, size: int) -> bool:
@@ -158,7 +165,7 @@ def by_device(function: Callable[..., Any], arguments: tuple[Any, ...], names: t
 def einsum(
     equation: str,
     x: Float[Array, "..."],
-    w: Float[Array, "..."] | Slabs,
+    w: Float[Array, "..."] | Held,
     *,
     out: Names,
     sums: str | None = None,
@@ -170,8 +177,8 @@ def einsum(
     `out` splits a dim over the same axis, each device gets its part alone (a reduce-scatter).
     `product`, of einsum's signature, is what training multiplies with; inference multiplies as it is written.
     """
-    w, multiply = w.astype(x.dtype), product if _manual() else jnp.einsum
-    y = w.einsum(equation, x) if isinstance(w, Slabs) else multiply(equation, x, w)
+    multiply = product if _manual() else jnp.einsum
+    y = w.einsum(equation, x) if isinstance(w, Held) else multiply(equation, x, w.astype(x.dtype))
     return place(y, out) if sums is None else added(y, sums, out)
 
 

@@ -4,6 +4,8 @@
     python -m perf shardings CONFIG [key=value ...] [--topology v5e:4x4]   tensor by tensor, collective by collective
     python -m perf bench train|prefill|decode                              measured, beside this machine's roof
     python -m perf bench serve [--mix M] [--rate R] [--plot FILE]          requests answered, beside other ways to
+    python -m perf soak --url http://127.0.0.1:8000 [--pid N]               many clients of a server on this machine
+    python -m perf quantize MODEL --file TEXT [--schemes int8 int4 fp8]    bytes, loss and speed of quantized weights
 
 Nothing heavy is imported before the command line is read.
 """
@@ -26,11 +28,12 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command line; exit status 2 after an error that the user can mend."""
     parser = _parser()
     asked, extra = parser.parse_known_args(arguments)  # settings may stand between options, too
-    if extra and (asked.command == "bench" or any(word.startswith("-") for word in extra)):
+    alone = {"bench": _bench, "soak": _soak, "quantize": _quantize}
+    if extra and (asked.command in alone or any(word.startswith("-") for word in extra)):
         parser.error(f"unrecognized arguments: {' '.join(extra)}")
     try:
-        if asked.command == "bench":
-            return _bench(asked)
+        if asked.command in alone:
+            return alone[asked.command](asked)
         asked.words += extra
         return {"compile": _compile, "shardings": _shardings}[asked.command](asked)
     except (ValueError, OSError) as error:
@@ -57,6 +60,29 @@ def _parser() -> argparse.ArgumentParser:
     for kind, (batch, length) in USUAL.items():
         _add_kind(kinds.add_parser(kind, help=f"the {kind} step", allow_abbrev=False), batch, length)
     _add_serve(kinds.add_parser("serve", help="many requests at once", allow_abbrev=False))
+
+    soak = commands.add_parser("soak", help="many clients of a server on this machine", allow_abbrev=False)
+    soak.add_argument("--url", required=True, help="of the server, such as http://127.0.0.1:8000")
+    soak.add_argument("--clients", type=_positive, default=64, help="at once (default 64)")
+    soak.add_argument("--seconds", type=_positive, default=120, help="after which none asks again (default 120)")
+    soak.add_argument("--tokens", type=_positive, default=32, help="of the longest answer (default 32)")
+    soak.add_argument("--key", default="", help="for the API")
+    soak.add_argument("--pid", type=_positive, default=0, help="the server's process, whose memory is watched")
+    soak.add_argument("--json", action="store_true", help="one JSON object, last on stdout")
+
+    quantize = commands.add_parser("quantize", help="what quantized weights cost and save", allow_abbrev=False)
+    quantize.add_argument("model", metavar="MODEL", help="as for infer.py")
+    quantize.add_argument(
+        "--file", required=True, type=pathlib.Path, metavar="TEXT", help="measured on this text, UTF-8"
+    )
+    quantize.add_argument("--schemes", nargs="+", default=["int8", "int4", "fp8"], metavar="S", help="default: all")
+    quantize.add_argument("--tokens", type=int, default=16384, help="of the text; 0: no perplexity (default 16384)")
+    quantize.add_argument("--decoded", type=int, default=48, help="tokens a round; 0: no speed (default 48)")
+    quantize.add_argument("--rounds", type=_positive, default=5, help="of decoding, in turns (default 5)")
+    quantize.add_argument(
+        "--rescaled", action="store_true", help="measure the model's twin, whose weights lie on no grid"
+    )
+    quantize.add_argument("--json", action="store_true", help="one JSON object, last on stdout")
 
     compile_ = commands.add_parser("compile", help="compile a run's step for a TPU slice", allow_abbrev=False)
     shardings = commands.add_parser("shardings", help="how a run's tensors are split", allow_abbrev=False)
@@ -157,6 +183,42 @@ def _bench(asked: argparse.Namespace) -> int:
     )
     result = run(config, _say)
     print(json.dumps(result) if asked.json else "\n".join(_lines(result)))
+    return 0
+
+
+def _soak(asked: argparse.Namespace) -> int:
+    """Soak a server; exit status 1 where it did not stand."""
+    from perf.soak import SoakConfig, run
+
+    names = [field.name for field in dataclasses.fields(SoakConfig) if field.name != "longest"]
+    result = run(SoakConfig(**{name: getattr(asked, name) for name in names}))
+    print(json.dumps(result) if asked.json else "\n".join(_lines(result)))
+    return 0 if result["passed"] else 1
+
+
+def _quantize(asked: argparse.Namespace) -> int:
+    """Compare a model with itself in fewer bits."""
+    from parallel.compilation import cache_compilations
+    from parallel.host_memory import keep_freed_memory
+    from parallel.platforms import look_only_where_chips_are
+
+    look_only_where_chips_are()
+    keep_freed_memory()
+    cache_compilations()
+    from perf.quantization import QuantizationConfig, run
+    from perf.tables import quantization_lines
+
+    config = QuantizationConfig(
+        model=asked.model,
+        file=asked.file,
+        schemes=tuple(asked.schemes),
+        tokens=asked.tokens,
+        decoded=asked.decoded,
+        rounds=asked.rounds,
+        is_rescaled=asked.rescaled,
+    )
+    result = run(config, _say)
+    print(json.dumps(result) if asked.json else "\n".join(quantization_lines(result)))
     return 0
 
 

@@ -158,3 +158,14 @@ def gib(bytes_: int) -> str:
 def mib(bytes_: Any) -> str:
     """1,792.0"""
     return f"{bytes_ / 2**20:,.2f}"
+
+
+def quantization_lines(result: dict[str, Any]) -> Iterator[str]:
+    """What `python -m perf quantize` prints."""
+    twin = ", rescaled" if result["is_rescaled"] else ""
+    yield f"{result['model']}{twin}, {result['tokens']:,} tokens of {result['file']}"
+    yield f"{'weights':<9} {'MB':>7} {'smaller':>8} {'perplexity':>11} {'increase':>9} {'tok/s':>7} {'speed-up':>8}"
+    for name, row in result["results"].items():
+        loss = f"{row['perplexity']:>11.4f} {row['increase']:>+9.2%}" if "perplexity" in row else " " * 21
+        speed = f"{row['tokens_per_second']:>7.1f} {row['speedup']:>7.2f}x" if "speedup" in row else ""
+        yield f"{name:<9} {row['bytes'] / 1e6:>7.1f} {row['bytes_ratio']:>7.2f}x {loss} {speed}".rstrip()

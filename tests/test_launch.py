@@ -20,7 +20,7 @@ def run_of(words):
 
 
 def test_every_file_is_yaml():
-    assert {path.name for path in LAUNCH.iterdir()} == {"jobset.yaml", "skypilot.yaml"}
+    assert {path.name for path in LAUNCH.iterdir()} == {"jobset.yaml", "ray_serve.yaml", "skypilot.yaml"}
     assert all(list(yaml.safe_load_all(path.read_text())) for path in LAUNCH.iterdir())
 
 

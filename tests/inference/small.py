@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from inference.config import EngineConfig, SamplingConfig
+from inference.drafting import Draft
 from inference.engine import Engine
 from inference.request import Request
 from model.config import ModelConfig
@@ -48,9 +49,19 @@ def parameters(config: ModelConfig, mesh: MeshConfig = ONE):
     return initialize(config, mesh_of(mesh), AxisRules(), key=jax.random.key(3))
 
 
-def engine(config: ModelConfig, mesh: MeshConfig = ONE, *, num_tokens: int = V, **options) -> Engine:
+def engine(
+    config: ModelConfig, mesh: MeshConfig = ONE, *, num_tokens: int = V, draft: Draft | None = None, **options
+) -> Engine:
     options = EngineConfig(**{"max_rows": 4, "cache_tokens": 1024, "block_size": 8, "chunk": 64, **options})
-    return Engine(config, parameters(config, mesh), mesh_of(mesh), AxisRules(), num_tokens=num_tokens, options=options)
+    return Engine(
+        config,
+        parameters(config, mesh),
+        mesh_of(mesh),
+        AxisRules(),
+        num_tokens=num_tokens,
+        options=options,
+        draft=draft,
+    )
 
 
 def row(prompt, budget=12, *, end_ids=(), num_top=0, priority=0, salt="", constraint=None, **sampling) -> Request:

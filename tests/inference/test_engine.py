@@ -6,8 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from parallel.config import MeshConfig
-from tests.inference.small import FAMILIES, GEMMA, LLAMA, ONE, V, engine, full_logprobs, row, run
+from inference.drafting import Draft
+from model.parameters import initialize
+from parallel.config import AxisRules, MeshConfig
+from tests.inference.small import FAMILIES, GEMMA, LLAMA, ONE, V, engine, full_logprobs, mesh_of, row, run
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}  # float32 sums in another order; logits are of size one
 RANDOM = np.random.default_rng(0)
@@ -61,6 +63,20 @@ def test_log_probabilities_of_texts_are_the_full_forward_pass():
     for text, found in zip(texts, engine(LLAMA).logprobs(texts), strict=True):
         full = full_logprobs(LLAMA, text)[:-1]
         np.testing.assert_allclose(found, full[np.arange(len(text) - 1), text[1:]], **CLOSE)
+
+
+@pytest.mark.parametrize("family", ["gemma", "mixture"])
+def test_in_one_shape_not_a_bit_depends_on_what_else_runs(family):
+    """Alone, together, from the cache, and after giving blocks back."""
+    prompts = (PROMPTS[0], PROMPTS[2], PROMPTS[1][:12], LONG[:140])
+    config, rows = FAMILIES[family], [row(p, 51, temperature=i / 2, seed=i) for i, p in enumerate(prompts)]
+    one = engine(config, one_shape=True)
+    alone = [run(one, [each])[0] for each in rows]
+    short = engine(config, one_shape=True, cache_tokens=208, prefix_cache=False)
+    assert run(one, rows) == alone
+    assert one.stats().cached_tokens > 100
+    assert run(short, rows) == alone
+    assert short.stats().preemptions > 0
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma", "mistral"])
@@ -135,6 +151,33 @@ def test_guesses_change_the_number_of_steps_and_nothing_else(family):
         np.testing.assert_allclose(logprobs, answer[1], **CLOSE)
     assert quick.stats().accepted > 0
     assert quick.stats().steps < plain.stats().steps
+
+
+@pytest.mark.parametrize(("family", "seed", "is_right"), [("llama", 3, True), ("gemma", 4, False)])
+def test_a_draft_model_changes_the_number_of_steps_and_nothing_else(family, seed, is_right):
+    """The model itself is always right; another one nearly never, and its guesses leave no trace."""
+    config, few = FAMILIES[family], {"logit_bias": ((5, 90.0), (9, 90.0), (60, 90.0))}
+    draft = Draft(config, initialize(config, mesh_of(ONE), AxisRules(), key=jax.random.key(seed)))
+    rows = [row(PROMPTS[1], 40, temperature=1.0, seed=3), row(LONG, 30, **({} if is_right else few))]
+    plain, quick = engine(config), engine(config, speculation="draft", draft=draft)
+    for (tokens, logprobs), answer in zip(run(quick, rows), run(plain, rows), strict=True):
+        assert tokens == answer[0]
+        np.testing.assert_allclose(logprobs, answer[1], **CLOSE)
+    stats = quick.stats()
+    assert (stats.accepted == stats.drafted) == is_right
+    assert stats.accepted > 0
+    if is_right:
+        assert stats.steps <= 12
+
+
+def test_a_draft_model_has_to_fit():
+    draft = Draft(dataclasses.replace(LLAMA, vocab_size=V + 1), {})
+    with pytest.raises(ValueError, match="the draft model has 97 tokens but the model has 96"):
+        engine(LLAMA, speculation="draft", draft=draft)
+    with pytest.raises(ValueError, match="has window layers"):
+        engine(LLAMA, speculation="draft", draft=Draft(GEMMA, {}))
+    with pytest.raises(ValueError, match=r"engine.speculation=draft and a draft model is missing"):
+        engine(LLAMA, speculation="draft")
 
 
 def test_blocks_go_from_one_engine_to_another():

@@ -10,7 +10,7 @@ from inference.blocks import NOBODY
 from inference.config import SamplingConfig
 from inference.request import Request
 from inference.scheduler import TURNS, Kind, Limits, Scheduler
-from inference.speculative import Guesser
+from inference.speculative import TextGuesses
 
 LIMITS = Limits(max_rows=3, block_size=4, tile=4, max_tiles=3, max_length=64)
 GREEDY = SamplingConfig(temperature=0.0)
@@ -220,9 +220,9 @@ def test_any_trace_is_answered_whole(seed, window, blocks, has_guesses, max_rows
     rng = random.Random(seed)
     mine = scheduler(
         blocks=blocks, window=window, window_blocks=blocks, max_rows=max_rows, max_tiles=rng.randint(1, 4),
-        guesses=Guesser(3) if has_guesses else None,
+        guesses=TextGuesses(3) if has_guesses else None,
     )  # fmt: skip
-    device, asked, cancelled, ended_early = Device(mine), {}, set(), {}
+    device, asked, cancelled = Device(mine), {}, set()
     beginnings = [[rng.randrange(9) for _ in range(rng.randint(1, 24))] for _ in range(3)]
     for _ in range(rng.randint(1, 60)):
         if rng.random() < 0.3:

@@ -146,6 +146,15 @@ def test_a_quantized_row_is_near_itself_and_zeros_stay_zeros():
     np.testing.assert_allclose(np.asarray(values) * np.asarray(scales)[:, None], x, atol=3 / 127 / 2 * 1.001)
 
 
+def test_blocks_that_no_tile_fits_are_refused():
+    q, k, v, rows = filled(ROWS["mixed, with idle rows"])
+    k, v = k[:, :, :6], v[:, :, :6]
+    with pytest.raises(ValueError, match="blocks of 6 tokens do not fill a TPU's tiles"):
+        paged_attention.attend(
+            q, Blocks(k, None), Blocks(v, None), rows, groups=GROUPS, window=None, scale=SCALE, softcap=None
+        )
+
+
 COMPILE = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
@@ -155,8 +164,8 @@ from ops.ragged import Blocks, Ragged
 
 HEADS, WHOLE, GROUPS = PartitionSpec(None, "tensor"), PartitionSpec(), ((16, 1), (2, 32))
 
-def compile_for(name, dtype, window):
-    devices = np.array(topologies.get_topology_desc(name, "tpu").devices)[:2]
+def compile_for(name, dtype, window, *, parts):
+    devices = np.array(topologies.get_topology_desc(name, "tpu").devices)[:parts]
     mesh = Mesh(devices, ("tensor",), axis_types=(AxisType.Auto,))
     shape = lambda spec, dtype, *dims: jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(mesh, spec))
     int8 = dtype == jnp.int8
@@ -168,19 +177,19 @@ def compile_for(name, dtype, window):
         return attend(q, k, v, rows, groups=GROUPS, window=window, scale=0.1, softcap=30.0 if int8 else None)
 
     split = jax.shard_map(step, mesh=mesh, in_specs=(HEADS, HEADS, HEADS, WHOLE), out_specs=HEADS, check_vma=False)
-    hlo = jax.jit(split).lower(q, blocks, blocks, rows).compile().as_text()
+    hlo = jax.jit(split if parts > 1 else step).lower(q, blocks, blocks, rows).compile().as_text()
     print(sum("tpu_custom_call" in line and "paged_attention" in line for line in hlo.splitlines()))
 
-compile_for("v5e:2x2", jnp.bfloat16, None)
-compile_for("v5p:2x2x1", jnp.int8, 40)
-compile_for("v6e:2x2", jnp.float32, None)
-compile_for("tpu7x:2x2x1", jnp.int8, None)
+compile_for("v5e:2x2", jnp.bfloat16, None, parts=2)
+compile_for("v5p:2x2x1", jnp.int8, 40, parts=2)
+compile_for("v6e:2x2", jnp.float32, None, parts=1)
+compile_for("tpu7x:2x2x1", jnp.int8, None, parts=1)
 """
 
 
 @needs_libtpu
-def test_every_generation_compiles_it_with_heads_split():
-    """Floats and int8; a call a group."""
+def test_every_generation_compiles_it():
+    """Floats and int8, on one device and with heads split; a call a group."""
     root = pathlib.Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-c", COMPILE],

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from configs.base import RunConfig
 from configs.commandline import resolve
 from data.config import DataConfig
+from inference.steps import Shape
 from model.config import ModelConfig
 from model.cost import num_parameters
 from parallel.compilation import TPU_OPTIONS
@@ -33,6 +34,7 @@ WORK = Work(
     optim=OptimConfig(),
     train=TrainConfig(steps=10, batch_size=8, seq_len=128, loss_chunk=64),
 )
+SERVED = dataclasses.replace(WORK, model=dataclasses.replace(MODEL, kernels="auto"))  # as runs are
 
 
 @pytest.fixture(scope="module")
@@ -79,15 +81,34 @@ def test_what_moves_is_said_by_axis_and_line(trained):
 @pytest.mark.parametrize("step", ["prefill", "decode"])
 def test_serving_steps_are_compiled_too(step):
     mesh = MeshConfig(data=1, tensor=2, fsdp=2)
-    work = dataclasses.replace(WORK, step=step, mesh=mesh, batch=2, length=200)
+    work = dataclasses.replace(SERVED, step=step, mesh=mesh, batch=2, length=200)
     report = aot.compiled(work, find("v5e:2x2"), effort=LOW)
     assert report.fits
-    slots, width, rows = 256, 2, 2
-    cache = 2 * MODEL.num_layers * MODEL.num_kv_heads * MODEL.head_dim * slots * width * rows
-    assert report.breakdown["cache"] == cache // 4
+    blocks, size, width = 1 + 2 * 7, 32, 2  # 200 tokens are 7 blocks, and one is nobody's
+    cache = 2 * MODEL.num_layers * MODEL.num_kv_heads * MODEL.head_dim * blocks * size * width
+    assert report.breakdown["cache"] == cache // 2, "heads are split"
     assert report.breakdown["weights"] == pytest.approx(2 * num_parameters(MODEL) / 4, rel=0.02)
     assert report.breakdown["moments"] == report.breakdown["gradients"] == 0
     assert report.argument_bytes > report.breakdown["cache"] + report.breakdown["weights"]
+    assert report.alias_bytes > report.breakdown["cache"], "pools and slots are donated"
+    assert report.kernels == {"paged_attention": MODEL.num_layers}
+
+
+@needs_libtpu
+def test_heads_that_the_mesh_does_not_divide_are_on_every_device():
+    shape = {"num_heads": 4, "num_kv_heads": 1, "head_dim": 64, "layers": ("window", "global"), "window": 64}
+    model = dataclasses.replace(SERVED.model, **shape)
+    rules, mesh = AxisRules(heads=None), MeshConfig(data=1, tensor=4)
+    work = dataclasses.replace(SERVED, step="decode", model=model, mesh=mesh, rules=rules, length=64)
+    report = aot.compiled(work, find("v5e:2x2"), effort=LOW)
+    assert report.kernels == {"paged_attention": model.num_layers}
+    assert report.breakdown["cache"] == 2 * model.num_layers * 64 * 3 * 32 * 2, "three blocks of each layer"
+
+
+def test_kernels_that_the_devices_do_not_run_are_refused():
+    work = dataclasses.replace(SERVED, step="decode", model=dataclasses.replace(MODEL, kernels="pallas"))
+    with pytest.raises(ValueError, match="kernels=pallas are for TPUs, but the devices here are cpus"):
+        aot.served_arrays(work, make_mesh(MeshConfig(data=1), jax.devices()[:1]), Shape(rows=1, width=1, tiles=0))
 
 
 @needs_libtpu
