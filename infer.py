@@ -25,6 +25,8 @@ from parallel.config import AxisRules, MeshConfig
 from parallel.records import to_dict
 
 if typing.TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from inference.engine import Engine
     from inference.generate import Answer
     from inference.weights import Model
@@ -56,14 +58,20 @@ def parser() -> Parser:
     top = Parser(
         prog="infer.py", description="Use a language model: continue a text, converse, measure it, or serve it."
     )
-    verbs = top.add_subparsers(dest="verb", required=True, metavar="generate|chat|score|serve|route")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="generate|chat|score|serve|quantize|route")
     common = Parser(add_help=False)
     common.add_argument("model", metavar="MODEL", help=KINDS)
     common.add_argument(
         "--dtype", choices=["float32", "bfloat16"], default="float32", help="of matmuls and the cache; default float32"
     )
     common.add_argument(
+        "--weights", choices=["int8", "int4", "fp8"], help="quantize the matrices when they are loaded; default not"
+    )
+    common.add_argument(
         "--mesh", action="append", default=[], metavar="AXIS=N", help="devices along an axis, as tensor=4; default 1"
+    )
+    common.add_argument(
+        "--draft", metavar="MODEL", help="a smaller model of the same tokenizer, which guesses ahead (speculation draft)"
     )
     answers = Parser(add_help=False, parents=[common])
     for record in (SamplingConfig, GenerationConfig):
@@ -72,6 +80,9 @@ def parser() -> Parser:
     generate.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads it from standard input")
     generate.add_argument(
         "-n", type=int, default=1, metavar="N", help="samples; sample i draws with seed + i; default 1"
+    )
+    generate.add_argument(
+        "--speculation", choices=["off", "ngram"], default="off", help="ngram guesses ahead from the text; default off"
     )
     generate.add_argument("--json", action="store_true", help="print one JSON object at the end instead of the text")
     chat = verbs.add_parser("chat", parents=[answers], help="converse, with memory between turns")
@@ -87,6 +98,8 @@ def parser() -> Parser:
     score.add_argument("--window", type=int, metavar="N", help="tokens read at once; default the context, at most 2048")
     score.add_argument("--stride", type=int, metavar="N", help="tokens between windows; default half a window")
     score.add_argument("--json", action="store_true", help="print one JSON object")
+    quantize = verbs.add_parser("quantize", parents=[common], help="write a model with weights of fewer bits")
+    quantize.add_argument("out", metavar="OUT", type=pathlib.Path, help="the folder to write; it is a MODEL then")
     route = verbs.add_parser("route", help="one address in front of several servers")
     route.add_argument("replicas", nargs="+", metavar="URL", help="a server's address, as http://10.0.0.2:8000")
     route.add_argument("--host", default="127.0.0.1", help="address to listen at; default 127.0.0.1, this machine only")
@@ -159,7 +172,8 @@ def main(arguments: Sequence[str]) -> int:
         if arguments and arguments[0] == "route":
             return route(parser().parse_args(arguments))
         request = understand(arguments)
-        return {"generate": generate, "chat": chat, "score": score, "serve": serve}[request.verb](request)
+        run = {"generate": generate, "chat": chat, "score": score, "serve": serve, "quantize": quantize}
+        return run[request.verb](request)
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -183,7 +197,7 @@ def generate(request: Request) -> int:
     prompt = generate.check_room(tokens, max_length=model.config.max_length)
     room = min(len(prompt) + request.generation.max_tokens, model.config.max_length)
     cache_tokens = generate.cache_for([room] * options.n)
-    engine = started(model, request, EngineConfig(max_rows=options.n, cache_tokens=cache_tokens))
+    engine = started(model, request, EngineConfig(max_rows=options.n, cache_tokens=cache_tokens, speculation=options.speculation))
     clock.lap("load")
     answers = [generate.Answer(prompt, model.tokenizer, request.generation.stop) for _ in range(options.n)]
     for pieces in generate.generate(engine, model.tokenizer, answers, request.generation):
@@ -266,6 +280,16 @@ def score(request: Request) -> int:
     return 0
 
 
+def quantize(request: Request) -> int:
+    """Write the model with quantized weights."""
+    if request.options.weights is None:
+        raise ValueError("quantize needs --weights int8, int4 or fp8")
+    from inference.weights import save_quantized
+
+    save_quantized(request.options.out, opened(request), mesh_of(request), AxisRules())
+    return 0
+
+
 def route(options: argparse.Namespace) -> int:
     """Stand in front of servers till SIGTERM. The admin key comes from the environment, where `ps` does not show it."""
     config, balancing = chosen(RouterConfig, options), chosen(BalancingConfig, options)
@@ -323,21 +347,47 @@ def opened(request: Request) -> "Model":
 
     look_only_where_chips_are()
     cache_compilations()
-    return open_model(request.location, dtype=request.options.dtype)
+    return open_model(request.location, dtype=request.options.dtype, scheme=request.options.weights)
 
 
 def started(model: "Model", request: Request, options: EngineConfig) -> "Engine":
     """An engine with the model's weights on the mesh."""
-    import jax
-
+    from inference.drafting import Draft
     from inference.engine import Engine
     from inference.weights import serving_parameters
+
+    mesh, rules = mesh_of(request), AxisRules()
+    config, parameters = serving_parameters(model.config, model.load(mesh, rules), mesh)
+    draft = None
+    if request.options.draft is not None:
+        draft, options = opened_draft(request, model), dataclasses.replace(options, speculation="draft")
+        draft = Draft(*serving_parameters(draft.config, draft.load(mesh, rules), mesh))
+    num_tokens = model.tokenizer.vocab_size
+    return Engine(config, parameters, mesh, rules, num_tokens=num_tokens, options=options, draft=draft)
+
+
+def opened_draft(request: Request, model: "Model") -> "Model":
+    """The model that guesses; ValueError where its tokens are not the model's."""
+    from data.tokenizer import fingerprint
+    from inference.weights import open_model
+
+    draft = open_model(locate(request.options.draft), dtype=request.options.dtype)
+    if fingerprint(draft.tokenizer) != fingerprint(model.tokenizer):
+        raise ValueError(
+            f"--draft {request.options.draft} has another tokenizer ({draft.tokenizer.vocab_size} tokens) than "
+            f"{request.options.model} ({model.tokenizer.vocab_size}); a draft model speaks in the same tokens"
+        )
+    return draft
+
+
+def mesh_of(request: Request) -> "Mesh":
+    """The devices that the command line asks for."""
+    import jax
+
     from parallel.mesh import make_mesh
 
-    sizes, devices, rules = request.mesh.axes.values(), jax.devices(), AxisRules()
-    mesh = make_mesh(request.mesh, devices if -1 in sizes else devices[: math.prod(sizes)])
-    config, parameters = serving_parameters(model.config, model.load(mesh, rules), mesh)
-    return Engine(config, parameters, mesh, rules, num_tokens=model.tokenizer.vocab_size, options=options)
+    sizes, devices = request.mesh.axes.values(), jax.devices()
+    return make_mesh(request.mesh, devices if -1 in sizes else devices[: math.prod(sizes)])
 
 
 @dataclasses.dataclass

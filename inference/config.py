@@ -93,6 +93,7 @@ class EngineConfig:
     kv_dtype: Literal["compute", "int8"] = "compute"  # of the KV cache; int8 keeps a scale per token and head
     prefix_cache: bool = True  # prompts that begin alike share the blocks of their beginning
     speculation: Literal["off", "ngram", "draft"] = "off"  # guess tokens ahead, from the text or by a draft model
+    one_shape: bool = False  # each step as large as the largest: what else runs changes no bit of an answer; slow
     draft_length: int = 4  # W - 1, tokens guessed ahead at most; fewer where guesses fail
 
     def __post_init__(self):

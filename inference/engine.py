@@ -161,6 +161,8 @@ class Engine:
     def shapes(self) -> list[Shape]:
         """Every shape that a step can have."""
         limits, width = self.scheduler.limits, self._width
+        if self.options.one_shape:
+            return [Shape(power_of_two(limits.max_rows), width, self._tile_counts[-1])]
         rows, tiles = powers_to(limits.max_rows), self._tile_counts
         widths = [width] if self._drafting else sorted({1, width})
         return [
@@ -290,6 +292,8 @@ class Engine:
 
     def _shape(self, plan: Plan) -> Shape:
         """The smallest of the shapes that holds the plan."""
+        if self.options.one_shape:
+            return self.shapes()[0]
         width = self._width if self._drafting or any(work.num_drafts for work in plan.rows) else 1
         rows = power_of_two(len(plan.rows)) if plan.rows else 0
         if not plan.tiles:

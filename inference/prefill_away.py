@@ -38,7 +38,8 @@ class AwayError(Exception):
     """The prefill server does not do it; the text says why."""
 
 
-FAILURES = (AwayError, DamagedError, httpx.HTTPError, TimeoutError, FullError, UnavailableError, TimedOutError)
+THEIRS = (AwayError, DamagedError, httpx.HTTPError, TimeoutError)
+OURS = (FullError, UnavailableError, TimedOutError)  # which the prompt itself will meet again
 
 
 @dataclasses.dataclass
@@ -103,8 +104,10 @@ class PrefillAway:
                 self._rest = REST
             else:
                 self.tally.here += 1
-        except FAILURES as error:
+        except THEIRS as error:
             self._failed(error)
+        except OURS:
+            self.tally.failed += 1
         finally:
             self._num_away -= 1
 
@@ -123,6 +126,8 @@ class PrefillAway:
         """Measure all rates with a prompt that nobody has; those of the other server are guessed where it is not up."""
         size = self._about.block_size
         tokens = (0,) * (min(PROBE, max_length - 1) // size * size)
+        if not tokens:  # no prompt has a full block, so none ever goes
+            return self._rates
         started = time.monotonic()
         await self._compute(tokens, secrets.token_hex(16))
         here = len(tokens) / (time.monotonic() - started)
@@ -134,7 +139,7 @@ class PrefillAway:
             await self._fetch(dataclasses.replace(ask, have=len(tokens) // size, nonce=secrets.token_bytes(16)))
             self._rates = dataclasses.replace(self._rates, delay=time.monotonic() - started)
             self._first_rates = self._rates
-        except FAILURES as error:
+        except THEIRS as error:
             self._failed(error)
         return self._first_rates
 

@@ -158,14 +158,13 @@ def about(engine: Engine) -> About:
 def compile_parts(engine: Engine) -> None:
     """Compile reading and writing of as many blocks as frames have, with blocks that no prompt ever finds."""
     size, shapes = engine.options.block_size, engine.block_shapes()
-    count = min(AT_ONCE, engine.max_length // size)
-    while count:
+    for most in (1 << i for i in range(AT_ONCE.bit_length())):
+        count = min(most, engine.max_length // size)
         tokens, salt = (0,) * (count * size), secrets.token_hex(16)
         names = list(block_names(tokens, size, salt=salt))
         zeros = over_blocks(lambda axis, leaf, count=count: np.zeros(of(leaf.shape, axis, count), leaf.dtype), shapes)
         engine.import_blocks(Exported(names, zeros))
         engine.export_blocks(tokens, salt)
-        count //= 2
 
 
 def of(shape: tuple[int, ...], axis: int, count: int) -> tuple[int, ...]:

@@ -196,7 +196,7 @@ def step(parameters: Parameters, slots: Slots, pools: Any, batch: Batch, *, prog
 
 
 def guessed(shape: Shape, batch: Batch, tokens: Int[Array, "T"]) -> Int[Array, "O w"] | None:
-    """For each choice the guesses that it supposes to be right, -1 where there is none; None where nothing is guessed."""
+    """For each choice the guesses that it supposes to be right, -1 where none is; None where nothing is guessed."""
     if shape.width == 1:
         return None
     rows = rearrange(tokens[: shape.rows * shape.width], "(B W) -> B W", W=shape.width)[:, 1:]

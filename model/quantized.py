@@ -1,4 +1,4 @@
-"""A decoder whose matrices are quantized: which of them, made where they stay, to a folder and back. Knows no tokenizer.
+"""A decoder with quantized matrices: which of them, made where they stay, to a folder and back. Knows no tokenizer.
 
 The folder has model.safetensors and a config.json of our own. A quantized leaf is up to three tensors: `codes` (4-bit
 ones two a byte, the first in the low half), `scales`, `lows`. What is read back is what was written, bit for bit.
@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from model import safetensors_file
@@ -40,9 +40,7 @@ def scheme_of(names: Names, scheme: Scheme) -> Scheme | None:
     return "int8" if "vocab" in names and scheme == "int4" else scheme
 
 
-def quantized(
-    config: ModelConfig, parameters: Parameters, scheme: Scheme, mesh: Mesh, rules: AxisRules
-) -> Parameters:
+def quantized(config: ModelConfig, parameters: Parameters, scheme: Scheme, mesh: Mesh, rules: AxisRules) -> Parameters:
     """The same tree with matrices quantized, leaf by leaf: of what is popped here no more than one is there twice."""
     held, tree = jax.tree.flatten(parameters)
     names = jax.tree.leaves(abstract(config).names, is_leaf=lambda names: isinstance(names, tuple))
@@ -73,14 +71,9 @@ def places(w: Quantized, names: Names, mesh: Mesh, rules: AxisRules) -> Quantize
 
 
 def save(folder: pathlib.Path | str, config: ModelConfig, parameters: Parameters, scheme: Scheme) -> None:
-    """Write the weights, then config.json, without which the folder is no model.
-
-    Raises FileExistsError where the folder already holds a model.
-    """
+    """Write the weights, then config.json, without which the folder is no model."""
     folder = pathlib.Path(folder)
-    for name in (SINGLE, CONFIG):
-        if (folder / name).exists():
-            raise FileExistsError(f"{folder} already holds {name}; choose another folder or remove it first")
+    check_free(folder)
     folder.mkdir(parents=True, exist_ok=True)
     arrays = dict(tensors(parameters))
     kinds = {name: _stored(array) for name, array in arrays.items()}
@@ -92,6 +85,13 @@ def save(folder: pathlib.Path | str, config: ModelConfig, parameters: Parameters
     )
     fields = {KIND: FORMAT, "scheme": scheme, "decoder": to_dict(config)}
     (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
+
+
+def check_free(folder: pathlib.Path) -> None:
+    """Raise FileExistsError where a folder already holds a model."""
+    for name in (SINGLE, CONFIG):
+        if (folder / name).exists():
+            raise FileExistsError(f"{folder} already holds {name}; choose another folder or remove it first")
 
 
 def tensors(parameters: Any) -> list[tuple[str, Any]]:
@@ -131,14 +131,18 @@ def unpacked(stored: np.ndarray, like: Any) -> np.ndarray:
 
 
 def read_config(folder: pathlib.Path) -> tuple[ModelConfig, Scheme]:
-    """The decoder in a folder and how its matrices are kept; ValueError where the file is damaged or of another kind."""
+    """The decoder in a folder and how its matrices are kept; ValueError where the file is damaged or not ours."""
     path = folder / CONFIG
     fields = json.loads(path.read_text(encoding="utf-8"))
     if fields.get(KIND) != FORMAT:
-        raise ValueError(f"{path}: {KIND} is {fields.get(KIND)!r}, this version reads {FORMAT}; quantize the model again")
+        raise ValueError(
+            f"{path}: {KIND} is {fields.get(KIND)!r}, this version reads {FORMAT}; quantize the model again"
+        )
     scheme = fields.get("scheme")
     if scheme not in SCHEMES:
-        raise ValueError(f"{path}: scheme {scheme!r} is unknown{nearest(str(scheme), SCHEMES)}; {', '.join(SCHEMES)} are known")
+        raise ValueError(
+            f"{path}: scheme {scheme!r} is unknown{nearest(str(scheme), SCHEMES)}; {', '.join(SCHEMES)} are known"
+        )
     try:
         return from_dict(ModelConfig, fields["decoder"], "decoder."), scheme
     except (ValueError, KeyError, TypeError) as error:
@@ -168,7 +172,9 @@ def load(folder: pathlib.Path, config: ModelConfig, scheme: Scheme, mesh: Mesh, 
             built[name] = jax.device_put(file.read(name), sharding(names[name], leaf.shape, mesh, rules))
             continue
         parts = {
-            part: jax.device_put(unpacked(file.read(f"{name}.{part}", safetensors_file.CODES), getattr(leaf, part)), where)
+            part: jax.device_put(
+                unpacked(file.read(f"{name}.{part}", safetensors_file.CODES), getattr(leaf, part)), where
+            )
             for part in ("codes", "scales", "lows")
             if (where := getattr(places(leaf, names[name], mesh, rules), part)) is not None
         }

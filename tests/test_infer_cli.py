@@ -204,3 +204,21 @@ def test_help_and_refusals_need_no_jax():
     assert done.stderr == ""
     assert "--repetition-penalty X" in done.stdout
     assert "logits of tokens already there: divided by it" in " ".join(done.stdout.split())
+
+
+def test_a_quantized_folder_answers_as_the_model_quantized_on_load(capsys, folder, tmp_path):
+    out = tmp_path / "small"
+    assert call(capsys, "quantize", folder, out, "--weights", "int4") == (0, "", "")
+    loaded = answer(capsys, "generate", folder, "Hello", *GREEDY, "--weights", "int4")
+    found = answer(capsys, "generate", out, "Hello", *GREEDY)
+    assert (found["tokens"], found["logprobs"]) == (loaded["tokens"], loaded["logprobs"])
+    for wrong, message in {
+        ("quantize", folder, out, "--weights", "int8"): "already holds model.safetensors",
+        ("quantize", folder, tmp_path / "other"): "quantize needs --weights int8, int4 or fp8",
+        ("generate", out, "Hello", "--weights", "int8"): "has int4 weights already",
+        ("generate", folder, "Hello", "--weights", "int5"): "invalid choice: 'int5'",
+    }.items():
+        status, _, err = call(capsys, *wrong)
+        assert status == 2
+        assert message in err
+        assert err.count("\n") == 1

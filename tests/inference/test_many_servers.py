@@ -32,7 +32,7 @@ class Two:
 
     def ask(self, at: str, prompt: str, **more) -> dict:
         """Twelve tokens, greedily, and what they are."""
-        body = {"prompt": prompt, "max_tokens": 12, "temperature": 0, "logprobs": 0, **more}
+        body = {"prompt": prompt, "max_tokens": 12, "temperature": 0, "logprobs": 0, "ignore_eos": True, **more}
         response = httpx.post(at + "/v1/completions", json=body, timeout=PATIENCE, trust_env=False)
         assert response.status_code == 200, response.text
         return response.json()["choices"][0]["logprobs"]["tokens"]
@@ -119,7 +119,12 @@ def test_a_killed_server_is_missed_by_nobody_silently(two):
         try:
             model = client.models.list().data[0].id
             pieces = client.completions.create(
-                model=model, prompt=f"{index} times", max_tokens=200, stream=True, temperature=0
+                model=model,
+                prompt=f"{index} times",
+                max_tokens=200,
+                stream=True,
+                temperature=0,
+                extra_body={"ignore_eos": True},
             )
             return "whole" if [*pieces][-1].choices[0].finish_reason else "short"
         except openai.APIError as error:

@@ -6,46 +6,42 @@ import json
 import pathlib
 
 import openai
-import psutil
 import pytest
 
 from data.tokenizer import ByteTokenizer
+from inference.config import EngineConfig, ServerConfig
 from model import huggingface
 from parallel.records import from_dict
 from tests.inference.small import LLAMA, parameters
 from tests.processes import PATIENCE, free_port, running
 
-pytest.importorskip("ray")
-yaml = pytest.importorskip("yaml")
+psutil, yaml = pytest.importorskip("psutil"), pytest.importorskip("yaml")
 FILE = pathlib.Path(__file__).parents[2] / "docs" / "launch" / "ray_serve.yaml"
 TINY = dataclasses.replace(LLAMA, vocab_size=320, max_length=256)
 
 
 def test_the_file_says_what_fits_together():
-    """In a process of its own: importing ray warns of much."""
     (application,) = yaml.safe_load(FILE.read_text())["applications"]
     (deployment,) = application["deployments"]
     engine, server = application["args"]["engine"], application["args"]["server"]
     assert application["import_path"] == "inference.ray_app:build"
     assert deployment["max_ongoing_requests"] == engine["max_rows"] + server["queue"]
     assert deployment["autoscaling_config"]["target_ongoing_requests"] == engine["max_rows"]
-    from inference.config import EngineConfig, ServerConfig
-
     assert from_dict(EngineConfig, engine).max_rows == 32
     assert deployment["graceful_shutdown_timeout_s"] == from_dict(ServerConfig, server).drain
 
 
-@pytest.mark.slow  # Ray, and each replica compiles what it needs: one to three minutes on two cores
+@pytest.mark.slow  # Ray, and each replica compiles what it needs: one to six minutes on two cores
 def test_it_runs_on_a_local_ray_scales_with_the_queue_and_leaves_nothing_behind(tmp_path, monkeypatch):
     huggingface.save(tmp_path / "model", TINY, parameters(TINY), dtype="float32")
     ByteTokenizer().save(tmp_path / "model")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla"))
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    for key, value in (("USAGE_STATS_ENABLED", "0"), ("AUTH_MODE", "disabled"), ("raylet_start_wait_time_s", "240")):
+        monkeypatch.setenv(f"RAY_{key}", value)
     port = free_port()
     command = ["-m", "tests.inference.local_ray", str(FILE), str(tmp_path / "model"), str(port)]
     with running([command], tmp_path / "ray") as (local,):
-        family = psutil.Process(local.handle.pid)
         try:
             local.says("RUNNING {'RUNNING': 1}")
             client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="x", max_retries=0, timeout=PATIENCE)
@@ -65,17 +61,28 @@ def test_it_runs_on_a_local_ray_scales_with_the_queue_and_leaves_nothing_behind(
                 assert set(pool.map(busy, range(12))) == {whole}
             client.close()
         finally:
-            everybody = [family, *family.children(recursive=True)]
+            started = everybody(local.handle.pid)
             local.handle.terminate()
-            _, alive = psutil.wait_procs(everybody, timeout=60)
+            _, alive = psutil.wait_procs(started, timeout=PATIENCE)
             for process in alive:
                 process.kill()
         assert not alive, [process.name() for process in alive]
 
 
+def everybody(pid: int) -> list:
+    """A process and all that come from it, as far as they live."""
+    try:
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+@pytest.mark.slow  # importing ray
 def test_a_wrong_file_is_refused_in_one_line(tmp_path):
     code = "from inference.ray_app import build; import json, sys; build(json.loads(sys.argv[1]))"
-    for args, rule in [({"model": "nothing"}, "MODEL nothing"), ({"model": "smollm2", "mash": {}}, "unknown key mash")]:
-        with running([["-c", code, json.dumps(args)]], tmp_path) as (process,):
+    wrong = [({"model": "nothing"}, "MODEL nothing"), ({"model": "smollm2", "mash": {}}, "unknown key mash")]
+    with running([["-c", code, json.dumps(args)] for args, _ in wrong], tmp_path) as processes:
+        for process, (_, rule) in zip(processes, wrong, strict=True):
             assert process.ends() == 1
             assert rule in process.errors.splitlines()[-1]
