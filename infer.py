@@ -71,9 +71,7 @@ def parser() -> Parser:
     common.add_argument(
         "--mesh", action="append", default=[], metavar="AXIS=N", help="devices along an axis, as tensor=4; default 1"
     )
-    common.add_argument(
-        "--draft", metavar="MODEL", help="a smaller model of the same tokenizer, which guesses ahead (speculation draft)"
-    )
+    common.add_argument("--draft", metavar="MODEL", help="a smaller model of the same tokenizer, which guesses ahead")
     answers = Parser(add_help=False, parents=[common])
     for record in (SamplingConfig, GenerationConfig):
         add_fields(answers, record)

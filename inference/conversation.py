@@ -37,9 +37,7 @@ class Conversation:
         """
         asked = [*self.messages, Message("user", text)]
         tokens = chat.encode(self.template, asked, self.tokenizer)
-        answer = Answer(
-            check_room(tokens, max_length=self.engine.max_length), self.tokenizer, self.config.stop
-        )
+        answer = Answer(check_room(tokens, max_length=self.engine.max_length), self.tokenizer, self.config.stop)
         try:
             for (piece,) in generate(self.engine, self.tokenizer, [answer], self.config):
                 yield piece

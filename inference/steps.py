@@ -80,16 +80,19 @@ class Shape(NamedTuple):
         )
 
 
+Either = Array | np.ndarray
+
+
 class Batch(NamedTuple):
     """What the host tells the device for one step. B counts rows and tiles; idle ones have length 0."""
 
-    tokens: Int[Array, "T"]  # -1 is what the row's slot chose last
-    slots: Int[Array, "B"]
-    positions: Int[Array, "B"]  # of the first token
-    lengths: Int[Array, "B"]
-    index: Int[Array, "B"]  # place in the answer of the token chosen after the row's first, or the tile's last
-    chooses: Bool[Array, "B"]  # whether that token counts: not in the middle of a prompt
-    tables: dict[str, Int[Array, "B M"]]  # of each kind of layer
+    tokens: Int[Either, "T"]  # -1 is what the row's slot chose last
+    slots: Int[Either, "B"]
+    positions: Int[Either, "B"]  # of the first token
+    lengths: Int[Either, "B"]
+    index: Int[Either, "B"]  # place in the answer of the token chosen after the row's first, or the tile's last
+    chooses: Bool[Either, "B"]  # whether that token counts: not in the middle of a prompt
+    tables: dict[str, Int[Either, "B M"]]  # of each kind of layer
 
 
 class Stepped(NamedTuple):
@@ -118,10 +121,13 @@ def new_pools(config: ModelConfig, num_blocks: dict[str, int], block_size: int, 
 def pool_shardings(program: Program, shapes: Any) -> Any:
     """Where pools lie: split by heads, as attention is, where the mesh divides them."""
 
-    def where(blocks: Blocks) -> Blocks:
+    def where(blocks: Blocks) -> Any:
         stack = (None,) * (blocks.values.ndim - len(BLOCK_NAMES))
-        scales = None if blocks.scales is None else on_mesh(program, (*stack, *BLOCK_NAMES[:-1]), blocks.scales.shape)
-        return Blocks(on_mesh(program, (*stack, *BLOCK_NAMES), blocks.values.shape), scales)
+        scales: Any = (
+            None if blocks.scales is None else on_mesh(program, (*stack, *BLOCK_NAMES[:-1]), blocks.scales.shape)
+        )
+        values: Any = on_mesh(program, (*stack, *BLOCK_NAMES), blocks.values.shape)
+        return Blocks(values, scales)
 
     return jax.tree.map(where, shapes, is_leaf=lambda node: isinstance(node, Blocks))
 

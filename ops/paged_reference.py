@@ -114,9 +114,8 @@ def _gathered(blocks: Blocks, table: Int[Array, "B m"], dtype) -> Float[Array, "
     """The rows' blocks side by side, heads first: each head of a block is looked up by itself, so nothing is moved."""
     P, K, Z, H = blocks.values.shape
     index = table[:, None, :] * K + jnp.arange(K, dtype=table.dtype)[None, :, None]
-    take = {"mode": "promise_in_bounds"}
-    found = blocks.values.reshape(P * K, Z, H).at[index].get(**take).astype(dtype)
+    found = blocks.values.reshape(P * K, Z, H).at[index].get(mode="promise_in_bounds").astype(dtype)
     if blocks.scales is not None:
-        scales = blocks.scales.reshape(P * K, Z).at[index].get(**take)
+        scales = blocks.scales.reshape(P * K, Z).at[index].get(mode="promise_in_bounds")
         found = found * scales[..., None].astype(dtype)
     return rearrange(found, "B K m Z H -> B K (m Z) H")
