@@ -31,7 +31,7 @@ def patient(seconds: float) -> type[asyncio.Protocol]:
 
         def data_received(self, data: bytes) -> None:
             """More came, perhaps the beginning of another request: it has to go on."""
-            if self._cut is None and (self.cycle is None or self.cycle.response_complete):
+            if self._cut is None and not self._is_asked:
                 self._wait()
             super().data_received(data)
 
@@ -43,7 +43,7 @@ def patient(seconds: float) -> type[asyncio.Protocol]:
         def handle_events(self) -> None:
             """h11 has read something."""
             super().handle_events()
-            if self.cycle is not None:
+            if self._is_asked:
                 self._go_on()
 
         def pause_writing(self) -> None:
@@ -60,6 +60,11 @@ def patient(seconds: float) -> type[asyncio.Protocol]:
             """It has gone."""
             self._go_on()
             super().connection_lost(exc)
+
+        @property
+        def _is_asked(self) -> bool:
+            """Whether a request's headers came, and its answer has not ended."""
+            return self.cycle is not None and not self.cycle.response_complete
 
         def _wait(self) -> None:
             self._go_on()

@@ -518,35 +518,6 @@ def test_a_client_that_goes_frees_its_place():
         assert engine.num_cancelled == 5
 
 
-def test_a_client_that_never_reads_is_cut_off_and_others_are_served():
-    engine = FakeEngine(max_length=10**7)
-    with serving(engine, patience=0.3, timeout=100.0) as running:
-        body = json.dumps({"prompt": "a" * 50, "max_tokens": 10**6, "stream": True, "logprobs": 20}).encode()
-        with running.connect() as lazy:
-            lazy.sendall(raw("/v1/completions", body))
-            waits(lambda: running.service.num_open == 1)
-            other = post(running, "/v1/completions", {"prompt": "ab", "max_tokens": 4})
-            assert other.json()["choices"][0]["text"] == "abab"
-            waits(lambda: running.service.num_open == 0)
-            waits(lambda: not engine.has_work)
-        assert post(running, "/v1/completions", {"prompt": "ab", "max_tokens": 4}).status_code == 200
-
-
-@pytest.mark.parametrize(
-    "beginning", [b"", b"POST /v1/comp", b"POST / HTTP/1.1\r\nHost: x\r\n", raw("/v1/completions", b"{" * 9)[:-3]]
-)
-def test_a_client_that_never_finishes_asking_is_cut_off(beginning):
-    with serving(FakeEngine(), patience=0.2) as running, running.connect() as slow:
-        slow.sendall(beginning)
-        said = b""
-        try:
-            while more := slow.recv(1000):
-                said += more
-        except ConnectionResetError:
-            pass
-        assert said == b"" or said.startswith(b"HTTP/1.1 408")
-
-
 def test_an_answer_that_takes_too_long_ends_clearly():
     with serving(FakeEngine(pace=0.001, max_length=10**6), timeout=0.1) as running, running.client() as client:
         error = refused(running, "/v1/completions", {"prompt": "a", "max_tokens": 10**5}, 503)
