@@ -12,12 +12,12 @@ import pathlib
 import sys
 import time
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from configs.help import comments
 from configs.overrides import override
 from inference.balancing import BalancingConfig
-from inference.config import EngineConfig, GenerationConfig, SamplingConfig, ServerConfig
+from inference.config import BeamConfig, EngineConfig, GenerationConfig, SamplingConfig, ServerConfig
 from inference.disaggregation import DisaggregationConfig
 from inference.location import KINDS, Location, locate
 from inference.routing import RouterConfig, addresses
@@ -42,6 +42,7 @@ class Request:
     location: Location
     options: argparse.Namespace
     generation: GenerationConfig
+    beam: BeamConfig
     mesh: MeshConfig
 
 
@@ -85,6 +86,7 @@ def parser() -> Parser:
         "--speculation", choices=["off", "ngram"], default="off", help="ngram guesses ahead from the text; default off"
     )
     generate.add_argument("--json", action="store_true", help="print one JSON object at the end instead of the text")
+    add_fields(generate, BeamConfig)
     chat = verbs.add_parser("chat", parents=[answers], help="converse, with memory between turns")
     chat.add_argument(
         "--context", type=int, default=8192, metavar="N", help="tokens of a conversation, at most; default 8192"
@@ -151,6 +153,17 @@ def understand(arguments: Sequence[str]) -> Request:
     generation = {name: given[name] for name in ("max_tokens",) if name in given}
     if given.get("n", 1) < 1:
         raise ValueError(f"-n {options.n} must be at least 1; it counts the samples")
+    beam = BeamConfig(**{name: given[name] for name in to_dict(BeamConfig()) if name in given})
+    if beam.beams == 1 and beam != BeamConfig():
+        raise ValueError("--length-penalty and --early-stopping are for a search; give --beams 2 or more")
+    if beam.beams > 1 and (SamplingConfig(**sampling) != SamplingConfig() or given["stop"]):
+        raise ValueError(
+            f"--beams {beam.beams} searches and draws nothing; leave --stop and the options of sampling out"
+        )
+    if beam.beams > 1 and options.n > beam.beams:
+        raise ValueError(
+            f"-n {options.n} answers need as many beams and there are {beam.beams}; give --beams {options.n}"
+        )
     if given.get("context", 2) < 2:
         raise ValueError(f"--context {options.context} must be at least 2: a prompt and an answer of one token")
     if options.verb == "score" and not options.file.is_file():
@@ -162,6 +175,7 @@ def understand(arguments: Sequence[str]) -> Request:
         generation=GenerationConfig(
             sampling=SamplingConfig(**sampling), stop=tuple(given.get("stop", ())), **generation
         ),
+        beam=beam,
         mesh=override(MeshConfig(data=1), options.mesh),
     )
 
@@ -196,11 +210,14 @@ def generate(request: Request) -> int:
     tokens = generate.text_tokens(text, model.tokenizer)
     prompt = generate.check_room(tokens, max_length=model.config.max_length)
     room = min(len(prompt) + request.generation.max_tokens, model.config.max_length)
-    cache_tokens = generate.cache_for([room] * options.n)
-    engine = started(model, request, EngineConfig(max_rows=options.n, cache_tokens=cache_tokens, speculation=options.speculation))
+    rows = max(options.n, request.beam.beams)
+    cache_tokens = generate.cache_for([room] * rows)
+    engine = started(
+        model, request, EngineConfig(max_rows=rows, cache_tokens=cache_tokens, speculation=options.speculation)
+    )
     clock.lap("load")
     answers = [generate.Answer(prompt, model.tokenizer, request.generation.stop) for _ in range(options.n)]
-    for pieces in generate.generate(engine, model.tokenizer, answers, request.generation):
+    for pieces in continued(engine, model, answers, request):
         clock.lap("decode" if "prefill" in clock.laps else "prefill")
         if not options.json:
             sys.stdout.write(pieces[0])
@@ -213,6 +230,21 @@ def generate(request: Request) -> int:
         print("", *(answer.text for answer in answers[1:]), sep="\n", flush=True)
         print(summary(answers, num_read, timings), file=sys.stderr)
     return 0
+
+
+def continued(engine: "Engine", model: "Model", answers: "Sequence[Answer]", request: Request) -> Iterator[list[str]]:
+    """Fill the answers; -> their new text, step by step when they are drawn, at once after a search."""
+    from inference import generate
+    from inference.beam import search
+
+    if request.beam.beams == 1:
+        yield from generate.generate(engine, model.tokenizer, answers, request.generation)
+        return
+    end_ids, most = model.tokenizer.end_ids, request.generation.max_tokens
+    yield [""] * len(answers)
+    found = search(engine, answers[0].prompt, request.beam, max_tokens=most, end_ids=end_ids)
+    taken = [answer.take(beam.tokens, beam.logprobs) for answer, beam in zip(answers, found, strict=False)]
+    yield [text + answer.finish() for answer, text in zip(answers, taken, strict=False)]
 
 
 def as_json(answers: "Sequence[Answer]", prompt_logprobs: list[float | None], timings: dict[str, float]) -> str:

@@ -72,10 +72,11 @@ def check_room(engine: Engine, prompt: Prompt, config: BeamConfig, *, max_tokens
     rows, size = engine.options.max_rows, engine.options.block_size
     if config.beams > rows:
         raise ValueError(f"{config.beams} beams need as many rows and the engine has {rows}; give it more max_rows")
-    need, room = config.beams * (-(-(len(prompt) + max_tokens) // size) + 1), engine.options.cache_tokens // size
+    length = len(prompt) + max_tokens
+    need, room = config.beams * (-(-length // size) + 1), engine.options.cache_tokens // size
     if need > room:
         raise ValueError(
-            f"{config.beams} beams of {len(prompt) + max_tokens} tokens need up to {need} blocks, the cache has {room}; "
+            f"{config.beams} beams of {length} tokens need up to {need} blocks, the cache has {room}; "
             "search with fewer beams or tokens, or give the engine more cache_tokens"
         )
 

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 import httpx
 import jax
 import numpy as np
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from inference.blocks import block_names
@@ -53,19 +53,24 @@ class Tally:
     bytes: int = 0
 
 
-class TallyCollector(Collector):
-    """The tally as Prometheus reads it."""
+class AwayCollector(Collector):
+    """The tally and the rates as Prometheus reads them."""
 
-    def __init__(self, tally: Tally):
-        self._tally = tally
+    def __init__(self, tally: Tally, rates: Callable[[], Rates]):
+        self._tally, self._rates = tally, rates
 
-    def collect(self) -> Iterator[CounterMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         """All of it."""
         prompts = CounterMetricFamily("meshlight_prefill_prompts", "Prompts, by where computed", labels=["where"])
         for where in ("here", "away", "failed"):
             prompts.add_metric([where], getattr(self._tally, where))
         yield prompts
         yield CounterMetricFamily("meshlight_prefill_bytes", "Bytes of KV blocks that came", value=self._tally.bytes)
+        note = "Prompt tokens a second here and there, bytes a second between, seconds of a call"
+        rates = GaugeMetricFamily("meshlight_prefill_rate", note, labels=["of"])
+        for name, value in dataclasses.asdict(self._rates()).items():
+            rates.add_metric([name], value)
+        yield rates
 
 
 class PrefillAway:
@@ -83,11 +88,11 @@ class PrefillAway:
         transport: httpx.AsyncBaseTransport | None = None,  # how it is reached, where not by the network
     ):
         self.tally = Tally()
-        service.metrics.registry.register(TallyCollector(self.tally))
         self._service, self._about, self._config, self._say = service, about, config, say
         self._url, self._secret = url, secret
         self._rates = self._first_rates = Rates(here=1.0, there=1.0, **GUESS)
         self._learned_at = 0.0
+        service.metrics.registry.register(AwayCollector(self.tally, lambda: self._rates))
         self._num_away, self._rest, self._resting_until = 0, REST, 0.0
         self._http = httpx.AsyncClient(trust_env=False, limits=httpx.Limits(keepalive_expiry=2.0), transport=transport)
 

@@ -33,7 +33,7 @@ from inference.handover import (
     read_ask,
     written_blocks,
 )
-from inference.request import Request
+from inference.request import Prompt, Request
 from inference.responses import unless_gone
 from inference.service import FullError, Service, TimedOutError, UnavailableError
 from inference.steps import over_blocks
@@ -100,26 +100,32 @@ class PrefillDoor:
             return refused(503, str(error))
 
     async def _computed(self, ask: Ask) -> Response:
-        """Let the engine read the prompt, as it reads any, then hand out what its cache has of it."""
-        if not ask.tokens:
-            raise DamagedError("the prompt is empty")
+        """Let the engine read the prompt's full blocks, as it reads any prompt, then hand out what its cache has."""
+        size = self._about.block_size
+        full = ask.tokens[: len(ask.tokens) // size * size]
+        if not full:
+            raise DamagedError(f"the prompt has {len(ask.tokens)} tokens, fewer than the {size} of a block")
         start, before = time.monotonic(), await self._known(ask)
-        only = Request(prompt=ask.tokens, sampling=SamplingConfig(temperature=0.0), max_tokens=1, salt=ask.salt)
+        if before * size < len(full):
+            await self._read_prompt(full, ask.salt)
+        seconds = time.monotonic() - start
+        head = Head(
+            layout=self._about.layout,
+            blocks=max(0, await self._known(ask) - ask.have),
+            fingerprint=self._about.fingerprint,
+            computed=len(full) - before * size,
+            seconds=seconds,
+        )
+        return StreamingResponse(self._frames(ask, head), media_type="application/octet-stream")
+
+    async def _read_prompt(self, prompt: Prompt, salt: str) -> None:
+        only = Request(prompt=prompt, sampling=SamplingConfig(temperature=0.0), max_tokens=1, salt=salt)
         stream = self._service.submit([only])
         try:
             async for _ in stream:
                 pass
         finally:
             stream.close()
-        seconds = time.monotonic() - start
-        head = Head(
-            layout=self._about.layout,
-            blocks=max(0, await self._known(ask) - ask.have),
-            fingerprint=self._about.fingerprint,
-            computed=max(0, len(ask.tokens) - before * self._about.block_size),
-            seconds=seconds,
-        )
-        return StreamingResponse(self._frames(ask, head), media_type="application/octet-stream")
 
     async def _known(self, ask: Ask) -> int:
         """Blocks of the prompt that the cache has."""

@@ -9,7 +9,7 @@ import functools
 import json
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -33,11 +33,14 @@ KIND = "meshlight_quantized"  # key of config.json that tells our folder from ot
 UINT4 = np.dtype(jnp.uint4)
 
 
-def scheme_of(names: Names, scheme: Scheme) -> Scheme | None:
-    """How a parameter is kept: None, float, where it is no matrix; tables of the vocabulary in 8 bits at least."""
-    if summed_dims(names) is None:
+def making(names: Names, scheme: Scheme) -> Callable[..., Quantized] | None:
+    """How a parameter is quantized; None where it is no matrix. Tables of the vocabulary have 8 bits at least."""
+    summed = summed_dims(names)
+    if summed is None:
         return None
-    return "int8" if "vocab" in names and scheme == "int4" else scheme
+    return functools.partial(
+        quantize, summed=summed, scheme="int8" if "vocab" in names and scheme == "int4" else scheme
+    )
 
 
 def quantized(config: ModelConfig, parameters: Parameters, scheme: Scheme, mesh: Mesh, rules: AxisRules) -> Parameters:
@@ -49,14 +52,16 @@ def quantized(config: ModelConfig, parameters: Parameters, scheme: Scheme, mesh:
 
 
 def _leaf(w: Float[Array, "..."], names: Names, scheme: Scheme, mesh: Mesh, rules: AxisRules) -> Any:
-    kept_as = scheme_of(names, scheme)
-    return w if kept_as is None else _maker(w.shape, names, kept_as, mesh, rules)(w)
+    make = _maker(w.shape, names, scheme, mesh, rules)
+    return w if make is None else make(w)
 
 
 @functools.cache
-def _maker(shape: tuple[int, ...], names: Names, scheme: Scheme, mesh: Mesh, rules: AxisRules):
-    """What quantizes a parameter of these dims, onto the devices that have its part."""
-    make = functools.partial(quantize, summed=summed_dims(names), scheme=scheme)
+def _maker(shape: tuple[int, ...], names: Names, scheme: Scheme, mesh: Mesh, rules: AxisRules) -> Callable | None:
+    """What quantizes a parameter of these dims, onto the devices that have its part; None for one that stays."""
+    make = making(names, scheme)
+    if make is None:
+        return None
     made = jax.eval_shape(make, jax.ShapeDtypeStruct(shape, jnp.float32))
     return jax.jit(make, out_shardings=places(made, names, mesh, rules))
 
@@ -153,10 +158,8 @@ def shapes(config: ModelConfig, scheme: Scheme) -> Parameters:
     """The tree of a quantized decoder, without numbers."""
 
     def shape(leaf: Any, names: Names) -> Any:
-        kept_as = scheme_of(names, scheme)
-        if kept_as is None:
-            return leaf
-        return jax.eval_shape(functools.partial(quantize, summed=summed_dims(names), scheme=kept_as), leaf)
+        make = making(names, scheme)
+        return leaf if make is None else jax.eval_shape(make, leaf)
 
     return jax.tree.map(shape, abstract(config).shapes, abstract(config).names)
 

@@ -180,16 +180,17 @@ def decoded(
     codes: Num[Array, "..."], scales: Float[Array, "..."], lows: Float[Array, "..."] | None
 ) -> Float[Array, "..."]:
     """The weights that codes mean, in float32."""
-    wide = [
-        None if part is None else functools.reduce(
-            lambda part, dim: part if part.shape[dim] in (1, codes.shape[dim])
-            else jnp.repeat(part, codes.shape[dim] // part.shape[dim], axis=dim),
-            range(codes.ndim), part.astype(jnp.float32),
-        )
-        for part in (scales, lows)
-    ]  # fmt: skip
-    values = _as_float(codes) * wide[0]
-    return values if wide[1] is None else values + wide[1]
+    values = _as_float(codes) * _spread(scales, codes.shape)
+    return values if lows is None else values + _spread(lows, codes.shape)
+
+
+def _spread(part: Float[Array, "..."], shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """In float32; a number for several weights is repeated for each, one for all is not."""
+    part = part.astype(jnp.float32)
+    for dim, (size, wanted) in enumerate(zip(part.shape, shape, strict=True)):
+        if size not in (1, wanted):
+            part = jnp.repeat(part, wanted // size, axis=dim)
+    return part
 
 
 def _as_float(codes: Num[Array, "..."]) -> Float[Array, "..."]:

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from inference import sampling, steps
 from inference.config import SamplingConfig
@@ -89,29 +88,34 @@ def sampling_shares(
 def decode_batch(program: steps.Program, shape: steps.Shape, context: int, block_size: int) -> steps.Batch:
     """Rows that all stand at the same place of sequences of their own."""
     rows, per = shape.rows, -(-context // block_size)
-    table = 1 + np.arange(rows * per, dtype=np.int32).reshape(rows, per)
+    table = 1 + jnp.arange(rows * per, dtype=jnp.int32).reshape(rows, per)
     return steps.Batch(
-        tokens=np.zeros(rows, np.int32),
-        slots=np.arange(rows, dtype=np.int32),
-        positions=np.full(rows, context - 1, np.int32),
-        lengths=np.ones(rows, np.int32),
-        index=np.zeros(rows, np.int32),
-        chooses=np.ones(rows, bool),
-        tables=dict.fromkeys(program.config.layer_kinds, table),
+        tokens=jnp.zeros(rows, jnp.int32),
+        slots=jnp.arange(rows, dtype=jnp.int32),
+        positions=jnp.full(rows, context - 1, jnp.int32),
+        lengths=jnp.ones(rows, jnp.int32),
+        index=jnp.zeros(rows, jnp.int32),
+        chooses=jnp.ones(rows, bool),
+        tables=dict.fromkeys(_kinds(program), table),
     )
 
 
 def _num_blocks(program: steps.Program, rows: int, context: int, block_size: int) -> dict[str, int]:
-    return dict.fromkeys(program.config.layer_kinds, 1 + rows * -(-context // block_size))
+    return dict.fromkeys(_kinds(program), 1 + rows * -(-context // block_size))
+
+
+def _kinds(program: steps.Program) -> list[str]:
+    return sorted(set(program.config.layer_kinds))
 
 
 def _without_choosing() -> Any:
     """The step with a `choose` that takes any token, compiled for itself."""
+    jitted: Any = steps.step
 
     def step(parameters, slots, pools, batch, *, program, shape):
         choose, steps.choose = steps.choose, any_token
         try:
-            return steps.step.__wrapped__(parameters, slots, pools, batch, program=program, shape=shape)
+            return jitted.__wrapped__(parameters, slots, pools, batch, program=program, shape=shape)
         finally:
             steps.choose = choose
 

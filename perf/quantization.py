@@ -24,7 +24,7 @@ from inference.score import Score, score
 from inference.weights import Model, open_model, quantized_on_load, serving_parameters
 from model.config import ModelConfig
 from model.parameters import Parameters
-from ops.quantize import SCHEMES, Quantized
+from ops.quantize import SCHEMES, Quantized, Scheme
 from parallel.config import AxisRules, MeshConfig
 from parallel.mesh import make_mesh
 from perf import roofline
@@ -40,7 +40,7 @@ class QuantizationConfig:
 
     model: str
     file: pathlib.Path  # the text that is measured on
-    schemes: tuple[str, ...] = SCHEMES
+    schemes: tuple[Scheme, ...] = SCHEMES
     tokens: int = 16384  # of the text, from its beginning; 0 leaves perplexity out
     window: int = 1024  # tokens read at once
     decoded: int = 48  # tokens a round; 0 leaves speed out
@@ -68,9 +68,9 @@ def run(config: QuantizationConfig, say: Callable[[str], None]) -> dict[str, Any
     content = config.file.read_bytes()
     tokens = tuple(model.tokenizer.encode(content.decode()))[: config.tokens]
     sides, rows = {}, {}
-    for name in (FLOAT, *config.schemes):
-        room = cache_for([PROMPT + config.decoded + 1])
-        sides[name] = side(model if name == FLOAT else quantized_on_load(model, name), room)
+    for scheme in (None, *config.schemes):
+        name, room = scheme or FLOAT, cache_for([PROMPT + config.decoded + 1])
+        sides[name] = side(model if scheme is None else quantized_on_load(model, scheme), room)
         rows[name] = {"bytes": sides[name].bytes, "bytes_ratio": sides[FLOAT].bytes / sides[name].bytes}
         if config.tokens:
             found = scored(sides[name].engine, tokens, config.window)

@@ -1,6 +1,7 @@
 """A picture of one round of serving: how long requests waited, and how many tokens came when. Measures nothing."""
 
 import pathlib
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ def draw(played: dict[str, Played], file: pathlib.Path, title: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    style = {
+    style: Any = {
         "font.size": 10,
         "axes.spines.top": False,
         "axes.spines.right": False,

@@ -1,14 +1,19 @@
-"""Beam search over the engine is that over whole texts without a cache; its beams share blocks and leave none behind."""
+"""Beam search over the engine is that over whole texts without a cache; beams share blocks and leave none behind."""
 
 import dataclasses
+import functools
 import itertools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from inference.beam import Beam, Candidate, parted, search
 from inference.config import BeamConfig
-from tests.inference.small import GEMMA, LLAMA, V, engine, full_logprobs, row
+from model.memory import Packed, Queries
+from model.parameters import decoder
+from tests.inference.small import GEMMA, LLAMA, V, engine, parameters, row
 
 PROMPT = tuple(np.random.default_rng(3).integers(0, V, 13).tolist())
 ENDS = (4, 17, 30, 41, 55, 60, 71, 88)
@@ -16,9 +21,24 @@ STACKED = dataclasses.replace(GEMMA, scan_layers=True)
 CLOSE = {"atol": 5e-5, "rtol": 1e-5}
 
 
+@functools.cache
+def forward(config):
+    """log p of every token after every token of a text: no cache, one program for all of 64 tokens."""
+
+    @jax.jit
+    def run(parameters, tokens):
+        queries = Queries(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], jnp.ones_like(tokens))
+        model = decoder(config, parameters)
+        hidden, _ = model(tokens, queries, Packed())
+        return jax.nn.log_softmax(model.logits(hidden), axis=-1)
+
+    return run
+
+
 def next_logprobs(config, tokens) -> np.ndarray:
-    """log p of what comes after the tokens: the whole text at once, padded so that one program serves all."""
-    return full_logprobs(config, [*tokens, *[0] * (64 - len(tokens))])[len(tokens) - 1]
+    """log p of what comes after the tokens."""
+    padded = jnp.asarray([[*tokens, *[0] * (64 - len(tokens))]], jnp.int32)
+    return np.asarray(forward(config)(parameters(config), padded))[0, len(tokens) - 1]
 
 
 def slow_search(config, prompt, beam: BeamConfig, *, max_tokens, end_ids) -> list[tuple[tuple[int, ...], float]]:
@@ -79,32 +99,31 @@ def test_one_beam_is_greedy():
 
 
 def test_wide_beams_find_the_likeliest_of_all_answers():
-    kept = engine(LLAMA, num_tokens=6, max_rows=16)
-    first = next_logprobs(LLAMA, PROMPT)
-    totals = {
-        (a, b): float(first[a] + next_logprobs(LLAMA, (*PROMPT, a))[b])
-        for a, b in itertools.product(range(6), repeat=2)
-    }
-    found = search(kept, PROMPT, BeamConfig(beams=10), max_tokens=2, end_ids=())
-    assert [one.tokens for one in found] == sorted(totals, key=lambda pair: -totals[pair])[:10]
+    kept = engine(LLAMA, num_tokens=2)
+    totals = {}
+    for answer in itertools.product(range(2), repeat=3):
+        after = [next_logprobs(LLAMA, (*PROMPT, *answer[:i]))[token] for i, token in enumerate(answer)]
+        totals[answer] = float(sum(after))
+    found = search(kept, PROMPT, BeamConfig(beams=4), max_tokens=3, end_ids=())
+    assert [one.tokens for one in found] == sorted(totals, key=lambda answer: -totals[answer])[:4]
 
 
-def test_beams_wait_for_rows_and_blocks_that_others_have():
+@pytest.mark.parametrize("options", [{}, {"prefix_cache": False}, {"cache_tokens": 152}])
+def test_beams_wait_for_rows_and_blocks_that_others_have(options):
     """Where a fork finds no row it is computed again later, and where blocks run out beams give theirs back."""
-    beam, ends = BeamConfig(beams=4), ENDS
-    expected = slow_search(LLAMA, PROMPT, beam, max_tokens=21, end_ids=ends)
-    for options in ({"max_rows": 4}, {"max_rows": 6, "cache_tokens": 200}, {"max_rows": 4, "prefix_cache": False}):
-        kept = engine(LLAMA, **options)
-        others = [kept.add(row((7, 8, 9), budget=12 + i, temperature=1.0, seed=i)) for i in range(5)]
-        check(search(kept, PROMPT, beam, max_tokens=21, end_ids=ends), expected, beam)
-        while kept.has_work:
-            kept.step()
-        assert kept.stats().finished > len(others)
-        assert kept.stats().blocks_used == 0
+    beam, kept = BeamConfig(beams=3), engine(LLAMA, **options)
+    for i in range(2):
+        kept.add(row((7, 8, 9), budget=70, temperature=1.0, seed=i))
+    found = search(kept, PROMPT, beam, max_tokens=21, end_ids=ENDS)
+    check(found, slow_search(LLAMA, PROMPT, beam, max_tokens=21, end_ids=ENDS), beam)
+    while kept.has_work:
+        kept.step()
+    assert kept.stats().blocks_used == 0
+    assert "cache_tokens" not in options or kept.stats().preemptions > 0
 
 
 def test_a_search_does_not_change_what_others_get():
-    alone, beside = engine(LLAMA), engine(LLAMA, max_rows=8)
+    alone, beside = engine(LLAMA), engine(LLAMA)
     asked = row((7, 8, 9), budget=30, temperature=1.0, seed=5, num_top=2)
     expected = [token for outputs in alone.run([asked]) for output in outputs for token in output.tokens]
     id, got, step = beside.add(asked), [], beside.step
@@ -115,7 +134,7 @@ def test_a_search_does_not_change_what_others_get():
         return outputs
 
     beside.step = listened
-    search(beside, PROMPT, BeamConfig(beams=4), max_tokens=12, end_ids=())
+    search(beside, PROMPT, BeamConfig(beams=3), max_tokens=12, end_ids=())
     while beside.has_work:
         beside.step()
     assert got == expected

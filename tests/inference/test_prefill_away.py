@@ -91,6 +91,14 @@ def test_the_tokens_are_those_of_one_server_and_only_the_rest_is_computed(alone)
                 == (len(longer) // 8 - have) * two.away.tally.bytes // two.away.tally.blocks
             )
             assert await two.answer(OTHER) == alone[OTHER]
+            # What the prefill server has read already, it does not read again.
+            await two.away._fetch(Ask(tokens=OTHER, salt=""))
+            blocks, steps = two.away.tally.blocks, two.prefill.stats().steps
+            await two.away._fetch(Ask(tokens=OTHER, salt="", have=10))
+            assert two.prefill.stats().steps == steps
+            assert two.away.tally.blocks - blocks == 8
+            await two.away._fetch(Ask(tokens=OTHER[1:41], salt=""))  # full to the last token
+            assert two.away.tally.blocks - blocks == 8 + 5
 
     asyncio.run(run())
 
@@ -207,6 +215,8 @@ def test_a_short_prompt_stays_and_rates_are_measured():
             assert rates.here > 1
             assert rates.there > 1
             assert rates.link != 1e9
+            told = two.away._service.metrics.text(two.decode.stats()).decode()
+            assert f'meshlight_prefill_rate{{of="there"}} {rates.there}' in told
             two.away._config = DisaggregationConfig(min_away=64)
             assert len(await two.answer(PROMPT[:20])) == 8
             assert (two.away.tally.here, two.away.tally.away) == (1, 0)

@@ -114,7 +114,7 @@ def test_the_loss_is_that_of_the_decoded_weights(scheme):
 
 
 DAMAGE = {
-    "scheme 'int5' is unknown; did you mean 'int": {"scheme": "int5"},
+    "scheme 'int5' is unknown; did you mean int8?": {"scheme": "int5"},
     "scheme None is unknown": {"scheme": None},
     "meshlight_quantized is 2, this version reads 1": {"meshlight_quantized": 2},
     "the file is damaged, or was written by another version": {"decoder": {"num_layer": 3}},
