@@ -53,9 +53,15 @@ class Listener(uvicorn.Server):
 
 
 async def listen(
-    app: ASGIApp, bound: socket.socket, *, drain: Drain, patience: float, say: Callable[[str], None]
+    app: ASGIApp,
+    bound: socket.socket,
+    *,
+    drain: Drain,
+    patience: float,
+    say: Callable[[str], None],
+    announce: Callable[[], None] = lambda: None,
 ) -> None:
-    """Serve till a signal comes, drain, and end."""
+    """Announce, serve till a signal comes, drain, and end. Whoever heard the announcement may signal at once."""
     config = uvicorn.Config(
         app, http=patient(patience), ws="none", lifespan="off", log_level="warning", access_log=False,
         server_header=False, proxy_headers=False, timeout_graceful_shutdown=5, backlog=2048,
@@ -78,6 +84,7 @@ async def listen(
         loop.add_signal_handler(number, stop)
     ending = asyncio.create_task(end())
     try:
+        announce()
         await server.serve(sockets=[bound])
     finally:
         ending.cancel()

@@ -354,11 +354,13 @@ async def _serve(
     service = Service(engine, Metrics(), capacity=capacity, reading=reading)
     service.start()
     away = await others.away(service, say) if others else None
-    host, port, *_ = bound.getsockname()
-    at = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    print(f"{served.name} is served at {at}", flush=True)
-    if not keys and not host.startswith("127.") and host != "::1":
-        say(f"anybody who reaches {at} may ask; give --api-key to let in only those who know it")
+
+    def announce() -> None:
+        host, port, *_ = bound.getsockname()
+        at = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        print(f"{served.name} is served at {at}", flush=True)
+        if not keys and not host.startswith("127.") and host != "::1":
+            say(f"anybody who reaches {at} may ask; give --api-key to let in only those who know it")
 
     async def drain() -> None:
         if not await service.drain(config.drain):
@@ -367,7 +369,7 @@ async def _serve(
     app = application(service, served, config, keys, before=away.before if away else None)
     app = others.door(app, service) if others else app
     try:
-        await listen(app, bound, drain=drain, patience=config.patience, say=say)
+        await listen(app, bound, drain=drain, patience=config.patience, say=say, announce=announce)
     finally:
         await service.close()
         if away:
