@@ -12,12 +12,12 @@ import pathlib
 import sys
 import time
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from configs.help import comments
 from configs.overrides import override
 from inference.balancing import BalancingConfig
-from inference.config import EngineConfig, GenerationConfig, SamplingConfig, ServerConfig
+from inference.config import BeamConfig, EngineConfig, GenerationConfig, SamplingConfig, ServerConfig
 from inference.disaggregation import DisaggregationConfig
 from inference.location import KINDS, Location, locate
 from inference.routing import RouterConfig, addresses
@@ -25,6 +25,8 @@ from parallel.config import AxisRules, MeshConfig
 from parallel.records import to_dict
 
 if typing.TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from inference.engine import Engine
     from inference.generate import Answer
     from inference.weights import Model
@@ -40,6 +42,7 @@ class Request:
     location: Location
     options: argparse.Namespace
     generation: GenerationConfig
+    beam: BeamConfig
     mesh: MeshConfig
 
 
@@ -53,15 +56,23 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> Parser:
     """The command line's grammar. Options of answers are the fields of their records."""
-    top = Parser(prog="infer.py", description="Use a language model: continue a text, converse, measure it, or serve it.")
-    verbs = top.add_subparsers(dest="verb", required=True, metavar="generate|chat|score|serve|route")
+    top = Parser(
+        prog="infer.py", description="Use a language model: continue a text, converse, measure it, or serve it."
+    )
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="generate|chat|score|serve|quantize|route")
     common = Parser(add_help=False)
     common.add_argument("model", metavar="MODEL", help=KINDS)
     common.add_argument(
         "--dtype", choices=["float32", "bfloat16"], default="float32", help="of matmuls and the cache; default float32"
     )
     common.add_argument(
+        "--weights", choices=["int8", "int4", "fp8"], help="quantize the matrices when they are loaded; default not"
+    )
+    common.add_argument(
         "--mesh", action="append", default=[], metavar="AXIS=N", help="devices along an axis, as tensor=4; default 1"
+    )
+    common.add_argument(
+        "--draft", metavar="MODEL", help="a smaller model of the same tokenizer, which guesses ahead (speculation draft)"
     )
     answers = Parser(add_help=False, parents=[common])
     for record in (SamplingConfig, GenerationConfig):
@@ -71,7 +82,11 @@ def parser() -> Parser:
     generate.add_argument(
         "-n", type=int, default=1, metavar="N", help="samples; sample i draws with seed + i; default 1"
     )
+    generate.add_argument(
+        "--speculation", choices=["off", "ngram"], default="off", help="ngram guesses ahead from the text; default off"
+    )
     generate.add_argument("--json", action="store_true", help="print one JSON object at the end instead of the text")
+    add_fields(generate, BeamConfig)
     chat = verbs.add_parser("chat", parents=[answers], help="converse, with memory between turns")
     chat.add_argument(
         "--context", type=int, default=8192, metavar="N", help="tokens of a conversation, at most; default 8192"
@@ -85,6 +100,8 @@ def parser() -> Parser:
     score.add_argument("--window", type=int, metavar="N", help="tokens read at once; default the context, at most 2048")
     score.add_argument("--stride", type=int, metavar="N", help="tokens between windows; default half a window")
     score.add_argument("--json", action="store_true", help="print one JSON object")
+    quantize = verbs.add_parser("quantize", parents=[common], help="write a model with weights of fewer bits")
+    quantize.add_argument("out", metavar="OUT", type=pathlib.Path, help="the folder to write; it is a MODEL then")
     route = verbs.add_parser("route", help="one address in front of several servers")
     route.add_argument("replicas", nargs="+", metavar="URL", help="a server's address, as http://10.0.0.2:8000")
     route.add_argument("--host", default="127.0.0.1", help="address to listen at; default 127.0.0.1, this machine only")
@@ -136,6 +153,17 @@ def understand(arguments: Sequence[str]) -> Request:
     generation = {name: given[name] for name in ("max_tokens",) if name in given}
     if given.get("n", 1) < 1:
         raise ValueError(f"-n {options.n} must be at least 1; it counts the samples")
+    beam = BeamConfig(**{name: given[name] for name in to_dict(BeamConfig()) if name in given})
+    if beam.beams == 1 and beam != BeamConfig():
+        raise ValueError("--length-penalty and --early-stopping are for a search; give --beams 2 or more")
+    if beam.beams > 1 and (SamplingConfig(**sampling) != SamplingConfig() or given["stop"]):
+        raise ValueError(
+            f"--beams {beam.beams} searches and draws nothing; leave --stop and the options of sampling out"
+        )
+    if beam.beams > 1 and options.n > beam.beams:
+        raise ValueError(
+            f"-n {options.n} answers need as many beams and there are {beam.beams}; give --beams {options.n}"
+        )
     if given.get("context", 2) < 2:
         raise ValueError(f"--context {options.context} must be at least 2: a prompt and an answer of one token")
     if options.verb == "score" and not options.file.is_file():
@@ -147,6 +175,7 @@ def understand(arguments: Sequence[str]) -> Request:
         generation=GenerationConfig(
             sampling=SamplingConfig(**sampling), stop=tuple(given.get("stop", ())), **generation
         ),
+        beam=beam,
         mesh=override(MeshConfig(data=1), options.mesh),
     )
 
@@ -157,7 +186,8 @@ def main(arguments: Sequence[str]) -> int:
         if arguments and arguments[0] == "route":
             return route(parser().parse_args(arguments))
         request = understand(arguments)
-        return {"generate": generate, "chat": chat, "score": score, "serve": serve}[request.verb](request)
+        run = {"generate": generate, "chat": chat, "score": score, "serve": serve, "quantize": quantize}
+        return run[request.verb](request)
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -180,11 +210,14 @@ def generate(request: Request) -> int:
     tokens = generate.text_tokens(text, model.tokenizer)
     prompt = generate.check_room(tokens, max_length=model.config.max_length)
     room = min(len(prompt) + request.generation.max_tokens, model.config.max_length)
-    cache_tokens = generate.cache_for([room] * options.n)
-    engine = started(model, request, EngineConfig(max_rows=options.n, cache_tokens=cache_tokens))
+    rows = max(options.n, request.beam.beams)
+    cache_tokens = generate.cache_for([room] * rows)
+    engine = started(
+        model, request, EngineConfig(max_rows=rows, cache_tokens=cache_tokens, speculation=options.speculation)
+    )
     clock.lap("load")
     answers = [generate.Answer(prompt, model.tokenizer, request.generation.stop) for _ in range(options.n)]
-    for pieces in generate.generate(engine, model.tokenizer, answers, request.generation):
+    for pieces in continued(engine, model, answers, request):
         clock.lap("decode" if "prefill" in clock.laps else "prefill")
         if not options.json:
             sys.stdout.write(pieces[0])
@@ -197,6 +230,21 @@ def generate(request: Request) -> int:
         print("", *(answer.text for answer in answers[1:]), sep="\n", flush=True)
         print(summary(answers, num_read, timings), file=sys.stderr)
     return 0
+
+
+def continued(engine: "Engine", model: "Model", answers: "Sequence[Answer]", request: Request) -> Iterator[list[str]]:
+    """Fill the answers; -> their new text, step by step when they are drawn, at once after a search."""
+    from inference import generate
+    from inference.beam import search
+
+    if request.beam.beams == 1:
+        yield from generate.generate(engine, model.tokenizer, answers, request.generation)
+        return
+    end_ids, most = model.tokenizer.end_ids, request.generation.max_tokens
+    yield [""] * len(answers)
+    found = search(engine, answers[0].prompt, request.beam, max_tokens=most, end_ids=end_ids)
+    taken = [answer.take(beam.tokens, beam.logprobs) for answer, beam in zip(answers, found, strict=False)]
+    yield [text + answer.finish() for answer, text in zip(answers, taken, strict=False)]
 
 
 def as_json(answers: "Sequence[Answer]", prompt_logprobs: list[float | None], timings: dict[str, float]) -> str:
@@ -252,14 +300,25 @@ def score(request: Request) -> int:
     options, model = request.options, opened(request)
     content = options.file.read_bytes()
     tokens = text_tokens(utf8(content, options.file), model.tokenizer)
+    engine = started(model, request, EngineConfig(max_rows=1, cache_tokens=1))
     result = score(
-        started(model, request, EngineConfig(max_rows=1, cache_tokens=1)), tokens, num_bytes=len(content), window=options.window, stride=options.stride,
+        engine, tokens, num_bytes=len(content), window=options.window, stride=options.stride,
         watch=lambda batches: tqdm(batches, disable=None, unit="batch", leave=False),
     )._asdict()  # fmt: skip
     lines = (
         json.dumps(result) if options.json else "\n".join(f"{name:<13} {value:.7g}" for name, value in result.items())
     )
     print(lines)
+    return 0
+
+
+def quantize(request: Request) -> int:
+    """Write the model with quantized weights."""
+    if request.options.weights is None:
+        raise ValueError("quantize needs --weights int8, int4 or fp8")
+    from inference.weights import save_quantized
+
+    save_quantized(request.options.out, opened(request), mesh_of(request), AxisRules())
     return 0
 
 
@@ -278,10 +337,12 @@ def serve(request: Request) -> int:
     options, config = chosen(EngineConfig, request.options), chosen(ServerConfig, request.options)
     shared = chosen(DisaggregationConfig, request.options)
     secret = shared.secret(os.environ, options)
-    from inference import listening, server
-    from inference.exchange import exchange
+    from inference import listening
 
     listening.check_free(config.host, config.port)
+    from inference import server
+    from inference.exchange import exchange
+
     model = opened(request)
     engine = started(model, request, options)
     engine.warm_up(server.say)
@@ -318,21 +379,47 @@ def opened(request: Request) -> "Model":
 
     look_only_where_chips_are()
     cache_compilations()
-    return open_model(request.location, dtype=request.options.dtype)
+    return open_model(request.location, dtype=request.options.dtype, scheme=request.options.weights)
 
 
 def started(model: "Model", request: Request, options: EngineConfig) -> "Engine":
     """An engine with the model's weights on the mesh."""
-    import jax
-
+    from inference.drafting import Draft
     from inference.engine import Engine
     from inference.weights import serving_parameters
+
+    mesh, rules = mesh_of(request), AxisRules()
+    config, parameters = serving_parameters(model.config, model.load(mesh, rules), mesh)
+    draft = None
+    if request.options.draft is not None:
+        draft, options = opened_draft(request, model), dataclasses.replace(options, speculation="draft")
+        draft = Draft(*serving_parameters(draft.config, draft.load(mesh, rules), mesh))
+    num_tokens = model.tokenizer.vocab_size
+    return Engine(config, parameters, mesh, rules, num_tokens=num_tokens, options=options, draft=draft)
+
+
+def opened_draft(request: Request, model: "Model") -> "Model":
+    """The model that guesses; ValueError where its tokens are not the model's."""
+    from data.tokenizer import fingerprint
+    from inference.weights import open_model
+
+    draft = open_model(locate(request.options.draft), dtype=request.options.dtype)
+    if fingerprint(draft.tokenizer) != fingerprint(model.tokenizer):
+        raise ValueError(
+            f"--draft {request.options.draft} has another tokenizer ({draft.tokenizer.vocab_size} tokens) than "
+            f"{request.options.model} ({model.tokenizer.vocab_size}); a draft model speaks in the same tokens"
+        )
+    return draft
+
+
+def mesh_of(request: Request) -> "Mesh":
+    """The devices that the command line asks for."""
+    import jax
+
     from parallel.mesh import make_mesh
 
-    sizes, devices, rules = request.mesh.axes.values(), jax.devices(), AxisRules()
-    mesh = make_mesh(request.mesh, devices if -1 in sizes else devices[: math.prod(sizes)])
-    config, parameters = serving_parameters(model.config, model.load(mesh, rules), mesh)
-    return Engine(config, parameters, mesh, rules, num_tokens=model.tokenizer.vocab_size, options=options)
+    sizes, devices = request.mesh.axes.values(), jax.devices()
+    return make_mesh(request.mesh, devices if -1 in sizes else devices[: math.prod(sizes)])
 
 
 @dataclasses.dataclass

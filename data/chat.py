@@ -120,9 +120,7 @@ def takes_tools(template: ChatTemplate) -> bool:
     return "tools" in jinja2.meta.find_undeclared_variables(environment.parse(template.source))
 
 
-def render(
-    template: ChatTemplate, messages: Sequence[Message], *, tools: Sequence[dict[str, Any]] = ()
-) -> Rendered:
+def render(template: ChatTemplate, messages: Sequence[Message], *, tools: Sequence[dict[str, Any]] = ()) -> Rendered:
     """The conversation, with what begins the assistant's answer. Raises ValueError where the template refuses it."""
     import jinja2
 
@@ -183,9 +181,7 @@ def compiled(source: str) -> Any:
         raise jinja2.TemplateError(message)
 
     def as_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(
-            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-        )
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, Generation]

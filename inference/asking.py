@@ -174,9 +174,9 @@ def schema_of(given: dict[str, Any] | str) -> dict[str, Any]:
     try:
         schema = json.loads(given) if isinstance(given, str) else given
     except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the JSON schema is no JSON: {error}", param="guided_json", code="invalid_grammar") from None
+        raise ApiError(400, f"the JSON schema is no JSON: {error}", code="invalid_grammar") from None
     if not isinstance(schema, dict):
-        raise ApiError(400, "the JSON schema is no object", param="guided_json", code="invalid_grammar")
+        raise ApiError(400, "the JSON schema is no object", code="invalid_grammar")
     return schema
 
 

@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions: turns answered. From the wire to a plan, and from pieces to the wire. Knows no HTTP server."""
+"""POST /v1/chat/completions: turns answered. From the wire to a plan, from pieces to the wire. Knows no HTTP server."""
 
 import json
 import time
@@ -103,7 +103,8 @@ def response_form(asked: AskedChat) -> Grammar | None:
 
 def call_form(asked: AskedChat, template: ChatTemplate) -> Grammar | None:
     """The form of a call, where tool_choice asks for one."""
-    choice, tools = asked.tool_choice, {tool.function.name: tool.function.parameters or {} for tool in asked.tools or []}
+    choice, functions = asked.tool_choice, [tool.function for tool in asked.tools or []]
+    tools = {function.name: function.parameters or {} for function in functions}
     if isinstance(choice, ToolChoice):
         name = choice.function.name
         if name not in tools:

@@ -1,4 +1,4 @@
-"""POST /v1/completions: prompts continued. From the wire to a plan, and from pieces to the wire. Knows no HTTP server."""
+"""POST /v1/completions: prompts continued. From the wire to a plan, from pieces to the wire. Knows no HTTP server."""
 
 import time
 from collections.abc import AsyncIterator, Sequence

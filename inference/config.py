@@ -5,6 +5,7 @@ from typing import Literal
 
 from parallel.records import require
 
+MAX_BEAMS = 10
 MAX_BIASED = 300  # tokens of a logit bias, as in OpenAI's API
 
 
@@ -65,6 +66,22 @@ class GenerationConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class BeamConfig:
+    """How the likeliest answers are searched for."""
+
+    beams: int = 1  # beginnings that are kept at each step, the likeliest ones; 1 draws answers instead of searching
+    length_penalty: float = 1.0  # an answer's score is its log-probability over its length to this power
+    early_stopping: bool = False  # end with as many answers as beams, even if a better one could still come
+
+    def __post_init__(self):
+        require(self, "beam", "length_penalty", low=-10, high=10)
+        if not 1 <= self.beams <= MAX_BEAMS:
+            raise ValueError(
+                f"beams={self.beams} must be between 1 and {MAX_BEAMS}: a step tells 20 tokens of each row"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """How many sequences an engine computes at once, and how large its KV cache is."""
 
@@ -76,6 +93,7 @@ class EngineConfig:
     kv_dtype: Literal["compute", "int8"] = "compute"  # of the KV cache; int8 keeps a scale per token and head
     prefix_cache: bool = True  # prompts that begin alike share the blocks of their beginning
     speculation: Literal["off", "ngram", "draft"] = "off"  # guess tokens ahead, from the text or by a draft model
+    one_shape: bool = False  # each step as large as the largest: what else runs changes no bit of an answer; slow
     draft_length: int = 4  # W - 1, tokens guessed ahead at most; fewer where guesses fail
 
     def __post_init__(self):

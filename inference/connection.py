@@ -5,17 +5,19 @@ that is slow but steady stays.
 """
 
 import asyncio
+import socket
 from typing import Any
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-BUFFER = 65_536  # bytes on their way to a client, beside the system's own buffers
+HTTP: Any = AutoHTTPProtocol  # one of two classes, by what is installed
+BUFFER = 65_536  # bytes on their way to a client that does not read: here, and as many in the system's own buffer
 
 
 def patient(seconds: float) -> type[asyncio.Protocol]:
     """The protocol with this patience."""
 
-    class Connection(AutoHTTPProtocol):  # pyright: ignore[reportGeneralTypeIssues]
+    class Connection(HTTP):
         """One client."""
 
         _cut: asyncio.TimerHandle | None = None
@@ -24,11 +26,12 @@ def patient(seconds: float) -> type[asyncio.Protocol]:
             """A client came: it has to ask."""
             super().connection_made(transport)
             transport.set_write_buffer_limits(high=BUFFER)
+            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
             self._wait()
 
         def data_received(self, data: bytes) -> None:
             """More came, perhaps the beginning of another request: it has to go on."""
-            if self._cut is None and (self.cycle is None or self.cycle.response_complete):
+            if self._cut is None and not self._is_asked:
                 self._wait()
             super().data_received(data)
 
@@ -40,7 +43,7 @@ def patient(seconds: float) -> type[asyncio.Protocol]:
         def handle_events(self) -> None:
             """h11 has read something."""
             super().handle_events()
-            if self.cycle is not None:
+            if self._is_asked:
                 self._go_on()
 
         def pause_writing(self) -> None:
@@ -57,6 +60,11 @@ def patient(seconds: float) -> type[asyncio.Protocol]:
             """It has gone."""
             self._go_on()
             super().connection_lost(exc)
+
+        @property
+        def _is_asked(self) -> bool:
+            """Whether a request's headers came, and its answer has not ended."""
+            return self.cycle is not None and not self.cycle.response_complete
 
         def _wait(self) -> None:
             self._go_on()

@@ -1,11 +1,13 @@
 """Answers that follow a grammar: JSON, a JSON schema, a regular expression, a choice, Lark. Knows no engine, no logits.
 
-What may come next is computed by `llguidance`: Earley's parser over a lexer by derivatives, along the trie of the tokens.
+What may come next is computed by `llguidance`: Earley's parser over a lexer by derivatives, along a trie of the tokens.
 A grammar comes from strangers: all that is computed for it is bounded, and what it cannot do is a ValueError.
 """
 
 import functools
 import json
+import queue
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,14 +19,16 @@ from data.tokenizer import ByteTokenizer, CharTokenizer, HuggingFaceTokenizer, T
 MAX_CHARACTERS = 200_000  # of a grammar
 SPACE = r"[\x20\x0A\x0D\x09]{1,40}"  # between JSON's tokens; without a bound, weak models write blanks for ever
 NOTHING = "NoExtensionBias"  # as llguidance says that nothing can come
-LIMITS = {
-    "initial_lexer_fuel": 500_000,  # about 10 ms
-    "step_lexer_fuel": 100_000,  # about 7 ms
-    "step_max_items": 25_000,  # about 1 ms
-    "max_lexer_states": 20_000,  # 2 kB each at most
+PATIENCE = 5.0  # seconds for a grammar to be prepared; most take some milliseconds
+LIMITS = {  # without them some hundred characters of Lark take half a minute and 1.5 GB
+    "initial_lexer_fuel": 50_000,
+    "step_lexer_fuel": 100_000,
+    "step_max_items": 25_000,
+    "max_lexer_states": 20_000,  # up to 2 kB each
     "max_grammar_size": 100_000,
-    "verbose_errors": False,  # a grammar's text may be a secret of its writer
+    "verbose_errors": False,  # what stands in a grammar belongs to its writer
 }
+BUSY = threading.BoundedSemaphore(2)  # grammars being prepared at once
 
 
 class Grammar(NamedTuple):
@@ -39,8 +43,10 @@ def json_object() -> Grammar:
     return json_schema({"type": "object"})
 
 
-def json_schema(schema: dict[str, Any] | bool) -> Grammar:
+def json_schema(schema: Any) -> Grammar:
     """JSON that a schema describes. Keywords that cannot be followed are refused, not ignored."""
+    if not isinstance(schema, dict):
+        raise ValueError(f"the JSON schema is a {type(schema).__name__}; give an object")
     try:
         text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
     except (ValueError, TypeError, RecursionError) as error:
@@ -126,16 +132,44 @@ class GrammarConstraint:
 
 
 def constrain(grammar: Grammar, tokenizer: Tokenizer) -> GrammarConstraint:
-    """A grammar's beginning; ValueError where it is none, cannot be followed, or takes more effort than LIMITS let."""
+    """A grammar's beginning; ValueError where it is none, cannot be followed, or takes more effort than LIMITS let.
+
+    Waits up to PATIENCE, other threads run; TimeoutError where others' grammars take all of that time.
+    """
     tokens = grammar_tokens(tokenizer)
-    matcher = llguidance.LLMatcher(tokens, grammar.source, log_level=0, limits=llguidance.LLParserLimits(**LIMITS))
-    if not matcher.is_error():
-        constraint = GrammarConstraint(matcher, tokens.eos_token, tokenizer.vocab_size)
-        if not matcher.is_error() and constraint.allowed().any():
-            return constraint
-    why = one_line(matcher.get_error())
-    why = "no text follows it that the tokenizer can write" if why in ("", NOTHING) else why
-    raise ValueError(f"the {grammar.kind} cannot be followed: {why}; correct or simplify it")
+
+    def prepare() -> GrammarConstraint | str:
+        matcher = llguidance.LLMatcher(tokens, grammar.source, log_level=0, limits=llguidance.LLParserLimits(**LIMITS))
+        if not matcher.is_error():
+            constraint = GrammarConstraint(matcher, tokens.eos_token, tokenizer.vocab_size)
+            if not constraint.error and constraint.allowed().any():
+                return constraint
+        return one_line(matcher.get_error()) or NOTHING
+
+    prepared = within(PATIENCE, prepare)
+    if isinstance(prepared, GrammarConstraint):
+        return prepared
+    why = {NOTHING: "no text follows it that the tokenizer can write", None: f"it takes over {PATIENCE:g} s to prepare"}
+    raise ValueError(f"the {grammar.kind} cannot be followed: {why.get(prepared, prepared)}; correct or simplify it")
+
+
+def within(seconds: float, work: Callable[[], Any]) -> Any:
+    """What some work gives if it is done in so many seconds, else None: then it goes on in vain, and counts as busy."""
+    if not BUSY.acquire(timeout=seconds):
+        raise TimeoutError("the grammars of other requests are still being prepared; try again in a moment")
+    results: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            results.put(work())
+        finally:
+            BUSY.release()
+
+    threading.Thread(target=run, daemon=True, name="grammar").start()
+    try:
+        return results.get(timeout=seconds)
+    except queue.Empty:
+        return None
 
 
 def one_line(error: str, length: int = 240) -> str:

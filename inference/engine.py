@@ -8,7 +8,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -92,6 +92,25 @@ class Engine:
         if self.scheduler.cancel(id) is not None:
             self._told.append(Output(id, [], [], [], "cancelled"))
 
+    def fork(self, children: Mapping[int, Sequence[int]]) -> dict[int, list[int]]:
+        """Held beams go on with these tokens instead of the one that each has chosen last; those without any end.
+
+        -> of each that goes on, the ids of what came of it. They share blocks, but for the one that each writes next.
+        """
+        forked = self.scheduler.fork(children)
+        most = max(map(len, forked.copies.values()))
+        if most:
+            blocks = {kind: np.full((2, power_of_two(most)), NOBODY, np.int32) for kind in forked.copies}
+            for kind, copies in forked.copies.items():
+                blocks[kind][:, : len(copies)] = np.asarray(copies, np.int32).reshape(-1, 2).T
+            copies = self._put(tuple({kind: both[i] for kind, both in blocks.items()} for i in range(2)))
+            self._pools = steps.copy_blocks(self._pools, *copies, program=self.program)
+            if self._drafting is not None:
+                self._draft_pools = steps.copy_blocks(self._draft_pools, *copies, program=self._drafting[0])
+        for sequence in forked.running:
+            self._fill(sequence)
+        return forked.ids
+
     @property
     def has_work(self) -> bool:
         """Whether another step would do something."""
@@ -142,6 +161,8 @@ class Engine:
     def shapes(self) -> list[Shape]:
         """Every shape that a step can have."""
         limits, width = self.scheduler.limits, self._width
+        if self.options.one_shape:
+            return [Shape(power_of_two(limits.max_rows), width, self._tile_counts[-1])]
         rows, tiles = powers_to(limits.max_rows), self._tile_counts
         widths = [width] if self._drafting else sorted({1, width})
         return [
@@ -242,8 +263,7 @@ class Engine:
         """Hand the plan to the device, rows in the order of their lengths: ops/paged_reference.py gains from it."""
         plan.rows.sort(key=lambda work: work.start)
         for sequence in plan.admitted:
-            length = next(length for length in self._admission_lengths() if length >= len(sequence.tokens))
-            self._admit(sequence.slot, sequence.request, sequence.answer, slots=length)
+            self._fill(sequence)
         constrained = [
             work.sequence for work in (*plan.rows, *plan.tiles) if work.chooses and work.sequence.request.constraint
         ]
@@ -272,6 +292,8 @@ class Engine:
 
     def _shape(self, plan: Plan) -> Shape:
         """The smallest of the shapes that holds the plan."""
+        if self.options.one_shape:
+            return self.shapes()[0]
         width = self._width if self._drafting or any(work.num_drafts for work in plan.rows) else 1
         rows = power_of_two(len(plan.rows)) if plan.rows else 0
         if not plan.tiles:
@@ -310,6 +332,11 @@ class Engine:
         """Lengths that a prompt is padded to when its slot is filled."""
         *some, most = [length for length in powers_to(max(self.max_length, SHORTEST)) if length >= SHORTEST]
         return [*some[::2], most]
+
+    def _fill(self, sequence: SequenceState) -> None:
+        """Fill a sequence's slot."""
+        length = next(length for length in self._admission_lengths() if length >= len(sequence.tokens))
+        self._admit(sequence.slot, sequence.request, sequence.answer, slots=length)
 
     def _admit(self, slot: int | None, request: Request, answer: list[int], *, slots: int) -> None:
         """Fill a slot."""

@@ -18,7 +18,7 @@ OPEN = ("/", "/health", "/metrics", "/metrics.json", "/openapi.json")  # to ever
 SAFE = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
 
 
-class Gone(Exception):
+class GoneError(Exception):
     """The client hung up."""
 
 
@@ -43,7 +43,7 @@ class Gate:
         try:
             scope.setdefault("state", {})["salt"] = self._salt(scope)
             body = await self._body(scope, receive)
-        except Gone:
+        except GoneError:
             return None
         except ApiError as refusal:
             return await refuse(refusal, sending)
@@ -69,7 +69,7 @@ class Gate:
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        raise Gone
+                        raise GoneError
                     body += message.get("body", b"")
                     self._check_size(len(body))
                     if not message.get("more_body"):

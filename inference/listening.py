@@ -32,7 +32,8 @@ def listening_socket(host: str, port: int) -> socket.socket:
     except OSError as error:
         bound.close()
         raise ValueError(
-            f"port {port} of {host} can not be had ({error.strerror or error}); give another --port, or 0 for a free one"
+            f"port {port} of {host} can not be had ({error.strerror or error}); "
+            "give another --port, or 0 for a free one"
         ) from None
     return bound
 
@@ -51,14 +52,15 @@ class Listener(uvicorn.Server):
         yield
 
 
-async def listen(app: ASGIApp, bound: socket.socket, *, drain: Drain, patience: float, say: Callable[[str], None]) -> None:
+async def listen(
+    app: ASGIApp, bound: socket.socket, *, drain: Drain, patience: float, say: Callable[[str], None]
+) -> None:
     """Serve till a signal comes, drain, and end."""
-    server = Listener(
-        uvicorn.Config(
-            app, http=patient(patience), ws="none", lifespan="off", log_level="warning", access_log=False,
-            server_header=False, proxy_headers=False, timeout_graceful_shutdown=5, backlog=2048,
-        )  # fmt: skip
-    )
+    config = uvicorn.Config(
+        app, http=patient(patience), ws="none", lifespan="off", log_level="warning", access_log=False,
+        server_header=False, proxy_headers=False, timeout_graceful_shutdown=5, backlog=2048,
+    )  # fmt: skip
+    server = Listener(config)
     loop, asked = asyncio.get_running_loop(), asyncio.Event()
 
     def stop() -> None:

@@ -9,7 +9,7 @@ from inference.constraint import GrammarConstraint
 from inference.generate import Answer
 from inference.openai_api import ApiError
 from inference.request import Request, TopToken
-from inference.service import Stream, Unavailable
+from inference.service import Stream, UnavailableError
 
 
 class Told(NamedTuple):
@@ -46,7 +46,7 @@ async def pieces(stream: Stream, plan: Plan, answers: Sequence[Answer]) -> Async
         if index not in open_:
             continue
         if output.finish in ("error", "cancelled"):
-            raise Unavailable(output.error or "the answer was given up")
+            raise UnavailableError(output.error or "the answer was given up")
         answer, before = answers[index], len(answers[index].tokens)
         text = answer.take(output.tokens, output.logprobs)
         tops = output.top or [[]] * len(output.tokens)

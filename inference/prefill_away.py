@@ -24,7 +24,7 @@ from inference.engine import Engine, Exported
 from inference.handover import FRAME, HEAD_LIMIT, Ask, DamagedError, Head, Sealing, block_bytes, read_blocks, read_head
 from inference.prefill_door import PATH, About, parts
 from inference.request import Prompt, Request
-from inference.service import Full, Service, TimedOut, Unavailable
+from inference.service import FullError, Service, TimedOutError, UnavailableError
 
 PROBE = 512  # tokens of the prompts that rates are first measured with, at most
 ALIKE = 0.1  # mean difference of log-probabilities up to which two models are one, computed on two machines
@@ -39,7 +39,7 @@ class AwayError(Exception):
 
 
 THEIRS = (AwayError, DamagedError, httpx.HTTPError, TimeoutError)
-OURS = (Full, Unavailable, TimedOut)  # which the prompt itself will meet again
+OURS = (FullError, UnavailableError, TimedOutError)  # which the prompt itself will meet again
 
 
 @dataclasses.dataclass

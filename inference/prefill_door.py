@@ -35,7 +35,7 @@ from inference.handover import (
 )
 from inference.request import Prompt, Request
 from inference.responses import unless_gone
-from inference.service import Full, Service, TimedOut, Unavailable
+from inference.service import FullError, Service, TimedOutError, UnavailableError
 from inference.steps import over_blocks
 
 PATH = "/internal/blocks"
@@ -94,9 +94,9 @@ class PrefillDoor:
             return refused(401, str(error))
         except ValueError as error:  # damaged, or a prompt that no request can have
             return refused(400, str(error))
-        except Full as error:
+        except FullError as error:
             return refused(429, str(error))
-        except (Unavailable, TimedOut) as error:
+        except (UnavailableError, TimedOutError) as error:
             return refused(503, str(error))
 
     async def _computed(self, ask: Ask) -> Response:

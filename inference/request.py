@@ -41,6 +41,7 @@ class Request:
     salt: str = ""  # prompts share cached blocks only with prompts of the same salt
     num_top: int = 0  # so many likeliest tokens are told with each token, at most 20
     constraint: Constraint | None = None
+    is_beam: bool = False  # after each token it is held until Engine.fork tells how it goes on
 
 
 class TopToken(NamedTuple):

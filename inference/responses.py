@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from inference.openai_api import ApiError
-from inference.service import CutOff, Full, TimedOut, Unavailable
+from inference.service import CutOffError, FullError, TimedOutError, UnavailableError
 
 DONE = b"data: [DONE]\n\n"
 
@@ -80,13 +80,13 @@ def refusal(error: Exception) -> ApiError:
     match error:
         case ApiError():
             return error
-        case Full():
+        case FullError():
             return ApiError(429, str(error), code="queue_full", Retry_After=str(error.wait))
-        case Unavailable():
+        case UnavailableError():
             return ApiError(503, str(error), code="unavailable", Retry_After="5")
-        case TimedOut():
+        case TimedOutError():
             return ApiError(503, str(error), code="timeout", Retry_After="1")
-        case CutOff():
+        case CutOffError():
             return ApiError(408, str(error), code="slow_reader")
         case ValueError():
             return ApiError(400, str(error))

@@ -7,10 +7,10 @@ the tokens of the one before it are known: what a sequence has chosen but not to
 """
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from inference.blocks import NOBODY, BlockPool, OutOfBlocks, block_names
+from inference.blocks import NOBODY, BlockPool, Copy, OutOfBlocks, block_names
 from inference.request import Finish, Request
 
 TURNS = 64  # a request of priority p lets at most so many times p later ones go first
@@ -43,6 +43,7 @@ class SequenceState:
         self.tokens = list(request.prompt)  # and the answer, as far as it has been fetched
         self.budget = min(request.max_tokens, room)  # tokens it may choose
         self.in_flight = 0  # tokens chosen by steps that have not been fetched
+        self.is_held = False  # until someone tells how it goes on
         self.computed = 0  # tokens whose keys and values stand in its blocks once the planned steps have run
         self.slot: int | None = None
         self.blocks: dict[str, list[int]] = {}  # by kind
@@ -80,6 +81,14 @@ class Work(NamedTuple):
     index: int  # place in the answer of the token that is chosen after the first (a row) or the last (a tile)
     chooses: bool  # False in the middle of a prompt
     num_drafts: int = 0  # guesses among the tokens, the last of them
+
+
+class Forked(NamedTuple):
+    """How beams went on."""
+
+    ids: dict[int, list[int]]  # of each beam the ids of what came of it, its own the first
+    copies: dict[str, list[Copy]]  # of each kind: blocks to copy before anything else is written
+    running: list[SequenceState]  # new ones that got a slot
 
 
 class Plan(NamedTuple):
@@ -162,9 +171,25 @@ class Scheduler:
             if sequence.slot is not None:  # else a sequence before it took its blocks
                 self._continue(sequence, plan)
         while self.waiting and not self._is_full and self._slots and len(plan.tiles) < self.limits.max_tiles:
-            if not self._admit(self.waiting[0], plan):
+            first = next((sequence for sequence in self.waiting if not sequence.is_held), None)
+            if first is None or not self._admit(first, plan):
                 break
         return plan
+
+    def fork(self, children: Mapping[int, Sequence[int]]) -> Forked:
+        """Held beams go on with these tokens instead of the one that each chose last; those without any end."""
+        for id, tokens in children.items():
+            if not tokens:
+                self.cancel(id)
+        forked = Forked({}, {kind.name: [] for kind in self.kinds}, [])
+        for id, tokens in children.items():
+            if tokens:
+                beam = self._sequences[id]
+                assert beam.is_held, f"beam {id} has not chosen yet"
+                beam.is_held, beam.tokens[-1] = False, tokens[0]
+                del beam.names[beam.computed // self.limits.block_size :]  # the token may have been in the last one's
+                forked.ids[id] = [id, *(self._twin(beam, token, forked).id for token in tokens[1:])]
+        return forked
 
     def commit(self, work: Work, tokens: Sequence[int]) -> list[int]:
         """The step has run and chose these; -> those that belong to the answer, up to its end."""
@@ -187,6 +212,7 @@ class Scheduler:
             if len(sequence.answer) >= sequence.budget:
                 self.end(sequence, "length")
                 return taken
+        sequence.is_held = sequence.request.is_beam
         self._name(sequence)
         return taken
 
@@ -206,6 +232,8 @@ class Scheduler:
 
     def _continue(self, sequence: SequenceState, plan: Plan) -> None:
         """Plan what a running sequence can do: one token more, or the next chunk of its prompt."""
+        if sequence.is_held:
+            return
         if sequence.remaining == 1 and self._is_ready(sequence):
             drafts = self._guessed(sequence)
             if self._grow(sequence, sequence.computed + 1 + len(drafts)):
@@ -217,13 +245,13 @@ class Scheduler:
                 self._plan_tiles(sequence, count, plan)
 
     def _is_ready(self, sequence: SequenceState) -> bool:
-        """What a grammar allows, and what is guessed, depends on all tokens before."""
-        return not sequence.in_flight or (sequence.request.constraint is None and self.guesses is None)
+        """What a grammar allows, what is guessed and how a beam goes on depends on all tokens before."""
+        return not sequence.in_flight or (self.guesses is None and not needs_host(sequence.request))
 
     def _guessed(self, sequence: SequenceState) -> list[int]:
         """Tokens to try; a grammar would have to follow each of them, so there are none."""
         room = sequence.budget - sequence.num_chosen - 1
-        if self.guesses is None or sequence.request.constraint is not None or room < 1:
+        if self.guesses is None or needs_host(sequence.request) or room < 1:
             return []
         return self.guesses.guess(sequence.id, sequence.tokens)[:room]
 
@@ -256,7 +284,7 @@ class Scheduler:
             if max(lacking, 1) + spare > self.pools[kind.name].num_available:
                 self._vacate(sequence)
                 return False
-        self.waiting.pop(0)
+        self.waiting.remove(sequence)
         sequence.slot = self._slots.pop()
         if not sequence.num_chosen:
             self.num_prompt += len(sequence.request.prompt)
@@ -323,6 +351,37 @@ class Scheduler:
                 self.pools[kind.name].release(blocks[place])
                 blocks[place] = NOBODY
 
+    def _twin(self, beam: SequenceState, token: int, forked: Forked) -> SequenceState:
+        """The same beam with another last token: beside it where there is room, else it waits and is computed again."""
+        twin = SequenceState(self._next_id, beam.request, beam.budget)
+        self._next_id += 1
+        self._sequences[twin.id] = twin
+        twin.rank, twin.tokens, twin.names = (beam.rank[0], twin.id), [*beam.tokens[:-1], token], list(beam.names)
+        has_room = all(pool.num_available for pool in self.pools.values())  # one block of each kind is copied
+        if beam.slot is None or not self._slots or not has_room:
+            bisect.insort(self.waiting, twin, key=by_rank)
+            return twin
+        for kind, blocks in beam.blocks.items():
+            twin.blocks[kind] = self._shared(kind, blocks, beam.computed, forked.copies[kind])
+        twin.computed, twin.num_named, twin.slot = beam.computed, beam.num_named, self._slots.pop()
+        bisect.insort(self.running, twin, key=by_rank)
+        forked.running.append(twin)
+        return twin
+
+    def _shared(self, kind: str, blocks: Sequence[int], computed: int, copies: list[Copy]) -> list[int]:
+        """The same blocks for another holder; the last one, where it is not full yet, as a copy to be written."""
+        pool, size = self.pools[kind], self.limits.block_size
+        shared = list(blocks[: -(-computed // size)])
+        for block in shared:
+            if block != NOBODY:
+                pool.hold(block)
+        if computed % size:
+            copy = pool.writable(shared[-1])
+            assert copy is not None
+            copies.append(copy)
+            shared[-1] = copy.target
+        return shared
+
     def _preempt(self, sequence: SequenceState) -> None:
         """Back into the queue; what it has computed may still be found when its turn comes."""
         self._name(sequence)
@@ -356,6 +415,11 @@ class Scheduler:
         size, salt = self.limits.block_size, sequence.request.salt
         if len(sequence.tokens) // size > len(sequence.names):
             sequence.names += block_names(sequence.tokens, size, salt=salt, after=sequence.names)
+
+
+def needs_host(request: Request) -> bool:
+    """Whether each of its tokens has to be seen before the next one is computed."""
+    return request.constraint is not None or request.is_beam
 
 
 def by_rank(sequence: SequenceState) -> tuple[int, int]:

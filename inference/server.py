@@ -57,15 +57,17 @@ from inference.openai_api import (
 from inference.pieces import answers_of
 from inference.request import Prompt
 from inference.responses import EventStream, refusal, whole
-from inference.service import CutOff, Full, Reading, Service, TimedOut, TokenEngine, Unavailable
+from inference.service import CutOffError, FullError, Reading, Service, TimedOutError, TokenEngine, UnavailableError
 from inference.spelling import Spelling
 
 PAGE = pathlib.Path(__file__).with_name("page.html")
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
-REFUSALS = {400: "the request is wrong", 401: "no key, or a wrong one", 404: "no such model", 408: "too slow", 413: "too large",
-            429: "the queue is full", 503: "no answer now"}  # fmt: skip
+REFUSALS = {
+    400: "the request is wrong", 401: "no key, or a wrong one", 404: "no such model", 408: "too slow",
+    413: "too large", 429: "the queue is full", 503: "no answer now",
+}  # fmt: skip
 TYPES = ("str", "int", "float", "bool", "none")  # pydantic names the type that it tried, behind the field
-TEXTS_AT_ONCE = 8  # embedded between two steps of the engine
+TEXTS_AT_ONCE, TOKENS_AT_ONCE = 8, 4096  # embedded between two steps of the engine, one text at least
 
 
 Before = Callable[[Prompt, str], Awaitable[None]]
@@ -111,6 +113,7 @@ class Doors:
     def __init__(self, service: Service, served: Served, config: ServerConfig, before: Before | None = None):
         self._service, self._served, self._config, self._before = service, served, config, before
         self._readers = concurrent.futures.ThreadPoolExecutor(2, "asking")  # tokenize and read grammars
+        self._num_reading = 0  # requests there
 
     async def complete(self, asked: AskedCompletion, request: HttpRequest) -> Response:
         """Continue one prompt or several."""
@@ -134,7 +137,6 @@ class Doors:
         asking.check_model(asked.model, self._served)
         if asked.dimensions is not None:
             raise ApiError(400, "dimensions is not supported: vectors are as wide as the model", param="dimensions")
-        self._service.check_room(1)
         read = functools.partial(asking.prompts, asked.input, self._served, param="input", config=self._config)
         texts = await self._in_thread(read)
         most = self._served.max_length
@@ -146,8 +148,7 @@ class Doors:
         return await whole(request.receive, embedded, lambda: None)
 
     async def _embedded(self, texts: Sequence[Prompt], *, is_base64: bool) -> dict[str, Any]:
-        parts = [texts[at : at + TEXTS_AT_ONCE] for at in range(0, len(texts), TEXTS_AT_ONCE)]
-        vectors = [vector for part in parts for vector in await self._service.embed(part)]
+        vectors = [vector for part in parts(texts) for vector in await self._service.embed(part)]
         data = [
             {"object": "embedding", "index": i, "embedding": written(vector, is_base64=is_base64)}
             for i, vector in enumerate(vectors)
@@ -198,7 +199,6 @@ class Doors:
 
     async def _planned(self, make: Callable[..., asking.Plan], asked: Any, request: HttpRequest) -> asking.Plan:
         """The plan, made beside the event loop, which other answers need."""
-        self._service.check_room(1)
         salt, capacity = request.scope["state"]["salt"], self._service.capacity
         return await self._in_thread(
             functools.partial(make, asked, self._served, self._config, salt=salt, capacity=capacity)
@@ -228,7 +228,24 @@ class Doors:
         return await whole(request.receive, wire.whole(stream, answers), stream.close)
 
     async def _in_thread(self, function: Callable[[], Any]) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._readers, function)
+        """What the function gives, beside the event loop, where there is room for one more request."""
+        self._service.check_room(1 + self._num_reading)
+        self._num_reading += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._readers, function)
+        finally:
+            self._num_reading -= 1
+
+
+def parts(texts: Sequence[Prompt]) -> list[list[Prompt]]:
+    """The texts in order, cut so that no part holds the engine up for long."""
+    cut: list[list[Prompt]] = []
+    for text in texts:
+        longest = max(map(len, [text, *(cut[-1] if cut else [])]))
+        if not cut or len(cut[-1]) == TEXTS_AT_ONCE or longest * (len(cut[-1]) + 1) > TOKENS_AT_ONCE:
+            cut.append([])
+        cut[-1].append(text)
+    return cut
 
 
 def written(vector: np.ndarray, *, is_base64: bool) -> list[float] | str:
@@ -297,7 +314,7 @@ def handle_errors(app: FastAPI) -> None:
 
     app.add_exception_handler(RequestValidationError, wrong)  # pyright: ignore[reportArgumentType]
     app.add_exception_handler(HTTPException, plain)  # pyright: ignore[reportArgumentType]
-    for kind in (Full, Unavailable, TimedOut, CutOff, ValueError, Exception):
+    for kind in (FullError, UnavailableError, TimedOutError, CutOffError, ValueError, Exception):
         app.add_exception_handler(kind, other)
 
 

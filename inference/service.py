@@ -7,6 +7,7 @@ bound, beyond which it is cut off.
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import functools
 import queue
@@ -69,7 +70,7 @@ class Reading:
     timeout: float = 600.0  # seconds that an answer may take, waiting included
 
 
-class Full(Exception):
+class FullError(Exception):
     """No room for another request now."""
 
     def __init__(self, wait: int):
@@ -77,15 +78,15 @@ class Full(Exception):
         self.wait = wait  # seconds till there may be room
 
 
-class Unavailable(Exception):
+class UnavailableError(Exception):
     """No request is taken or answered any more; the text says why."""
 
 
-class TimedOut(Exception):
+class TimedOutError(Exception):
     """The answer took too long."""
 
 
-class CutOff(Exception):
+class CutOffError(Exception):
     """The asker did not read."""
 
 
@@ -137,7 +138,7 @@ class Stream:
             self.stop(index)
 
     def _expire(self) -> None:
-        self.fail(TimedOut(f"the answer took more than {self._reading.timeout:g} s"))
+        self.fail(TimedOutError(f"the answer took more than {self._reading.timeout:g} s"))
         self.close()
 
     # What the service does.
@@ -153,7 +154,7 @@ class Stream:
         self._unread += len(output.tokens)
         idle = now - self._since
         if self._unread > self._reading.buffer or idle > self._reading.patience:
-            self.fail(CutOff(f"{self._unread} tokens came and were not read for {idle:.0f} s"))
+            self.fail(CutOffError(f"{self._unread} tokens came and were not read for {idle:.0f} s"))
             self.close()
         self.wake()
 
@@ -204,7 +205,7 @@ class Service:
         return self.failure or ("the server is shutting down" if self.is_draining else "")
 
     def submit(self, requests: Sequence[Request]) -> Stream:
-        """Answers to the requests, all or none of which are taken. Raises Full or Unavailable."""
+        """Answers to the requests, all or none of which are taken. Raises FullError or UnavailableError."""
         self.check_room(len(requests))
         stream = Stream(self, requests, self._reading)
         self._keep(self._open, stream)
@@ -219,7 +220,10 @@ class Service:
         self._keep(self._calls, future)
         future.add_done_callback(lambda done: self._forget(self._calls, done))
         self._commands.put(functools.partial(self._answer, future, function))
-        return await future
+        try:
+            return await asyncio.wait_for(future, self._reading.timeout)
+        except TimeoutError:
+            raise TimedOutError(f"the answer took more than {self._reading.timeout:g} s") from None
 
     async def embed(self, texts: Sequence[Prompt]) -> np.ndarray:
         """A vector for each text."""
@@ -250,13 +254,13 @@ class Service:
         await asyncio.to_thread(self._thread.join, 60)
 
     def check_room(self, places: int) -> None:
-        """Raise Full or Unavailable where no more requests are taken."""
+        """Raise FullError or UnavailableError where no more requests are taken."""
         if self.trouble:
-            raise Unavailable(self.trouble)
+            raise UnavailableError(self.trouble)
         excess = self.num_open + places - self.capacity
         if excess > 0:
             left = [s.left[index] - s.num_tokens[index] for s in self._open for index in s.open]
-            raise Full(self._turnover.wait(excess, left=min(left, default=1), now=time.monotonic()))
+            raise FullError(self._turnover.wait(excess, left=min(left, default=1), now=time.monotonic()))
 
     def _keep(self, where: set, what: Any) -> None:
         where.add(what)
@@ -313,12 +317,12 @@ class Service:
 
     def _fail_all(self, reason: str) -> None:
         for stream in list(self._open):
-            stream.fail(Unavailable(reason))
+            stream.fail(UnavailableError(reason))
             for index in list(stream.open):
                 self._ended(stream, index, "error")
         for future in list(self._calls):
             if not future.done():
-                future.set_exception(Unavailable(reason))
+                future.set_exception(UnavailableError(reason))
         self._streams.clear()
 
     def _failed(self, reason: str) -> None:
@@ -362,14 +366,16 @@ class Service:
             result = function(self._engine)
         except ValueError as error:
             self._tell(settle, future, None, error)
+        except Exception as error:  # such as too little memory for this one: others go on
+            traceback.print_exc(file=sys.stderr)
+            why = f"the engine could not do this: {type(error).__name__}"
+            self._tell(settle, future, None, UnavailableError(why))
         else:
             self._tell(settle, future, result, None)
 
     def _tell(self, function: Callable[..., None], *arguments: Any) -> None:
-        try:
+        with contextlib.suppress(RuntimeError):  # where the loop has ended, nobody is left to hear
             self._loop.call_soon_threadsafe(function, *arguments)
-        except RuntimeError:  # the loop has ended, and with it whoever would hear
-            pass
 
 
 def settle(future: asyncio.Future, result: Any, error: Exception | None) -> None:

@@ -22,7 +22,7 @@ class Spelling:
         return self._known[token]
 
     def name(self, token: int) -> str:
-        """The token's text, or its bytes where these are no whole text: `bytes:\\xe2\\x82`. No two have the same one."""
+        """The token's text, or its bytes where these are no whole text: `bytes:\\xe2\\x82`. No two are the same."""
         text = self.text(token)
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.bytes(token)) if "\ufffd" in text else text
 

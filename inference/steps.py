@@ -196,7 +196,7 @@ def step(parameters: Parameters, slots: Slots, pools: Any, batch: Batch, *, prog
 
 
 def guessed(shape: Shape, batch: Batch, tokens: Int[Array, "T"]) -> Int[Array, "O w"] | None:
-    """For each choice the guesses that it supposes to be right, -1 where there is none; None where nothing is guessed."""
+    """For each choice the guesses that it supposes to be right, -1 where none is; None where nothing is guessed."""
     if shape.width == 1:
         return None
     rows = rearrange(tokens[: shape.rows * shape.width], "(B W) -> B W", W=shape.width)[:, 1:]
@@ -266,10 +266,19 @@ def over_blocks(change, *pools: Any) -> Any:
     return jax.tree.map(both, *pools, is_leaf=lambda node: isinstance(node, Blocks))
 
 
-@functools.partial(jax.jit, donate_argnames="pools")
-def copy_blocks(pools: Any, source: Int[Array, "n"], target: Int[Array, "n"]) -> Any:
-    """Pools in which some blocks hold what others do; block 0 may be both, to fill up."""
-    return over_blocks(lambda axis, pool: put(pool, target, jnp.take(pool, source, axis=axis), axis), pools)
+@functools.partial(jax.jit, static_argnames="program", donate_argnames="pools")
+def copy_blocks(
+    pools: Any, source: dict[str, Int[Array, "n"]], target: dict[str, Int[Array, "n"]], *, program: Program
+) -> Any:
+    """Pools in which some blocks of each kind of layer hold what others do; block 0 may be both, to fill up."""
+
+    def copied(layer: Any, source: Int[Array, "n"], target: Int[Array, "n"]) -> Any:
+        return over_blocks(lambda axis, pool: put(pool, target, jnp.take(pool, source, axis=axis), axis), layer)
+
+    kinds = program.config.layer_kinds
+    if program.config.scan_layers:
+        return jax.vmap(copied)(pools, *stacked([(source[kind], target[kind]) for kind in kinds]))
+    return tuple(copied(layer, source[kind], target[kind]) for kind, layer in zip(kinds, pools, strict=True))
 
 
 @jax.jit

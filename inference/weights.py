@@ -107,11 +107,12 @@ def open_quantized(folder: pathlib.Path) -> Model:
     return Model(str(folder), config, load_tokenizer(folder), load, scheme)
 
 
-def save_quantized(folder: pathlib.Path, model: Model, parameters: Parameters) -> None:
+def save_quantized(folder: pathlib.Path, model: Model, mesh: Mesh, rules: AxisRules) -> None:
     """Write a quantized model, its tokenizer included, so that `open_quantized` gives it back bit for bit."""
     assert model.scheme is not None
-    quantized.save(folder, model.config, parameters, model.scheme)
+    quantized.check_free(folder)
     model.tokenizer.save(folder)
+    quantized.save(folder, model.config, model.load(mesh, rules), model.scheme)
 
 
 def open_hub(name: pathlib.Path) -> Model:

@@ -16,14 +16,14 @@ from jaxtyping import Array, Float, Int
 from model.config import ModelConfig
 from ops import attention
 from ops.attention import Places
-from ops.ragged import Blocks, Groups, Ragged, quantized
+from ops.ragged import LANES, Blocks, Groups, Ragged
 from parallel import ring_attention
 from parallel.sharding import place
 
 # Modules with `forward` and `backward`: attention to keys in any order.
 KERNELS = {"plain": "ops.attention", "pallas": "ops.flash_attention"}
 
-# Modules with `attend`: queries of rows of any lengths to blocks.
+# Modules with `attend`, queries of rows of any lengths to blocks, and `write`, tokens into blocks.
 PAGED_KERNELS = {"plain": "ops.paged_reference", "pallas": "parallel.paged_attention"}
 
 CACHE_NAMES = ("batch", "act_heads", None, None)
@@ -155,23 +155,14 @@ class Paged:
     def attend(self, q, k, v, queries: Queries, rule: Rule):
         """Write all tokens, then look: tokens of one sequence may stand in several rows of the batch."""
         q, k, v = (rearrange(x, "T 1 N H -> T N H") for x in (q, k, v))
-        k, v = _written(self.k, k, self.slots), _written(self.v, v, self.slots)
-        attend = importlib.import_module(PAGED_KERNELS[self.kernel]).attend
-        out = attend(q, k, v, self.rows, groups=self.groups, **rule._asdict())
+        room = importlib.import_module(PAGED_KERNELS[self.kernel])
+        k, v = (_placed(room.write(blocks, new, self.slots)) for blocks, new in ((self.k, k), (self.v, v)))
+        out = room.attend(q, k, v, self.rows, groups=self.groups, **rule._asdict())
         return rearrange(out, "T N H -> T 1 N H"), dataclasses.replace(self, k=k, v=v)
 
 
-def _written(blocks: Blocks, new: Float[Array, "T K H"], slots: Int[Array, "T"]) -> Blocks:
-    """The blocks with each token in its slot, in place where they are donated."""
-    _, _, Z, _ = blocks.values.shape
-    block, place_ = slots // Z, slots % Z
-    if blocks.scales is None:
-        values, scales = new.astype(blocks.values.dtype), None
-    else:
-        values, factor = quantized(new)
-        scales = blocks.scales.at[block, :, place_].set(factor, mode="promise_in_bounds")
-    values = blocks.values.at[block, :, place_].set(values, mode="promise_in_bounds")
-    return Blocks(place(values, BLOCK_NAMES), scales)
+def _placed(blocks: Blocks) -> Blocks:
+    return blocks._replace(values=place(blocks.values, BLOCK_NAMES))
 
 
 def _write(cache: Float[Array, "B K S H"], new: Float[Array, "B T K H"], positions: Int[Array, "B T"]):
@@ -192,8 +183,10 @@ def dense_cache(config: ModelConfig, batch: int, slots: int) -> "Dense | tuple[D
 
 
 def empty_blocks(config: ModelConfig, num_blocks: int, block_size: int, *, int8: bool) -> Blocks:
-    """Keys or values of one layer: nothing in them yet."""
-    shape = (num_blocks, config.num_kv_heads, block_size, config.head_dim)
+    """Keys or values of one layer: nothing in them yet. For a TPU's kernel, rows are whole lanes."""
+    lanes = LANES if config.kernel == "pallas" else 1
+    H, Z = (-(-size // lanes) * lanes for size in (config.head_dim, block_size))
+    shape = (num_blocks, config.num_kv_heads, block_size, H)
     if int8:
-        return Blocks(jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:-1], jnp.float32))
+        return Blocks(jnp.zeros(shape, jnp.int8), jnp.zeros((*shape[:2], Z), jnp.float32))
     return Blocks(jnp.zeros(shape, jnp.dtype(config.compute_dtype)), None)

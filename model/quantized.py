@@ -1,4 +1,4 @@
-"""A decoder whose matrices are quantized: which of them, made where they stay, to a folder and back. Knows no tokenizer.
+"""A decoder with quantized matrices: which of them, made where they stay, to a folder and back. Knows no tokenizer.
 
 The folder has model.safetensors and a config.json of our own. A quantized leaf is up to three tensors: `codes` (4-bit
 ones two a byte, the first in the low half), `scales`, `lows`. What is read back is what was written, bit for bit.
@@ -9,13 +9,13 @@ import functools
 import json
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from model import safetensors_file
@@ -33,16 +33,17 @@ KIND = "meshlight_quantized"  # key of config.json that tells our folder from ot
 UINT4 = np.dtype(jnp.uint4)
 
 
-def scheme_of(names: Names, scheme: Scheme) -> Scheme | None:
-    """How a parameter is kept: None, float, where it is no matrix; tables of the vocabulary in 8 bits at least."""
-    if summed_dims(names) is None:
+def making(names: Names, scheme: Scheme) -> Callable[..., Quantized] | None:
+    """How a parameter is quantized; None where it is no matrix. Tables of the vocabulary have 8 bits at least."""
+    summed = summed_dims(names)
+    if summed is None:
         return None
-    return "int8" if "vocab" in names and scheme == "int4" else scheme
+    return functools.partial(
+        quantize, summed=summed, scheme="int8" if "vocab" in names and scheme == "int4" else scheme
+    )
 
 
-def quantized(
-    config: ModelConfig, parameters: Parameters, scheme: Scheme, mesh: Mesh, rules: AxisRules
-) -> Parameters:
+def quantized(config: ModelConfig, parameters: Parameters, scheme: Scheme, mesh: Mesh, rules: AxisRules) -> Parameters:
     """The same tree with matrices quantized, leaf by leaf: of what is popped here no more than one is there twice."""
     held, tree = jax.tree.flatten(parameters)
     names = jax.tree.leaves(abstract(config).names, is_leaf=lambda names: isinstance(names, tuple))
@@ -51,14 +52,16 @@ def quantized(
 
 
 def _leaf(w: Float[Array, "..."], names: Names, scheme: Scheme, mesh: Mesh, rules: AxisRules) -> Any:
-    kept_as = scheme_of(names, scheme)
-    return w if kept_as is None else _maker(w.shape, names, kept_as, mesh, rules)(w)
+    make = _maker(w.shape, names, scheme, mesh, rules)
+    return w if make is None else make(w)
 
 
 @functools.cache
-def _maker(shape: tuple[int, ...], names: Names, scheme: Scheme, mesh: Mesh, rules: AxisRules):
-    """What quantizes a parameter of these dims, onto the devices that have its part."""
-    make = functools.partial(quantize, summed=summed_dims(names), scheme=scheme)
+def _maker(shape: tuple[int, ...], names: Names, scheme: Scheme, mesh: Mesh, rules: AxisRules) -> Callable | None:
+    """What quantizes a parameter of these dims, onto the devices that have its part; None for one that stays."""
+    make = making(names, scheme)
+    if make is None:
+        return None
     made = jax.eval_shape(make, jax.ShapeDtypeStruct(shape, jnp.float32))
     return jax.jit(make, out_shardings=places(made, names, mesh, rules))
 
@@ -73,14 +76,9 @@ def places(w: Quantized, names: Names, mesh: Mesh, rules: AxisRules) -> Quantize
 
 
 def save(folder: pathlib.Path | str, config: ModelConfig, parameters: Parameters, scheme: Scheme) -> None:
-    """Write the weights, then config.json, without which the folder is no model.
-
-    Raises FileExistsError where the folder already holds a model.
-    """
+    """Write the weights, then config.json, without which the folder is no model."""
     folder = pathlib.Path(folder)
-    for name in (SINGLE, CONFIG):
-        if (folder / name).exists():
-            raise FileExistsError(f"{folder} already holds {name}; choose another folder or remove it first")
+    check_free(folder)
     folder.mkdir(parents=True, exist_ok=True)
     arrays = dict(tensors(parameters))
     kinds = {name: _stored(array) for name, array in arrays.items()}
@@ -92,6 +90,13 @@ def save(folder: pathlib.Path | str, config: ModelConfig, parameters: Parameters
     )
     fields = {KIND: FORMAT, "scheme": scheme, "decoder": to_dict(config)}
     (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
+
+
+def check_free(folder: pathlib.Path) -> None:
+    """Raise FileExistsError where a folder already holds a model."""
+    for name in (SINGLE, CONFIG):
+        if (folder / name).exists():
+            raise FileExistsError(f"{folder} already holds {name}; choose another folder or remove it first")
 
 
 def tensors(parameters: Any) -> list[tuple[str, Any]]:
@@ -131,14 +136,18 @@ def unpacked(stored: np.ndarray, like: Any) -> np.ndarray:
 
 
 def read_config(folder: pathlib.Path) -> tuple[ModelConfig, Scheme]:
-    """The decoder in a folder and how its matrices are kept; ValueError where the file is damaged or of another kind."""
+    """The decoder in a folder and how its matrices are kept; ValueError where the file is damaged or not ours."""
     path = folder / CONFIG
     fields = json.loads(path.read_text(encoding="utf-8"))
     if fields.get(KIND) != FORMAT:
-        raise ValueError(f"{path}: {KIND} is {fields.get(KIND)!r}, this version reads {FORMAT}; quantize the model again")
+        raise ValueError(
+            f"{path}: {KIND} is {fields.get(KIND)!r}, this version reads {FORMAT}; quantize the model again"
+        )
     scheme = fields.get("scheme")
     if scheme not in SCHEMES:
-        raise ValueError(f"{path}: scheme {scheme!r} is unknown{nearest(str(scheme), SCHEMES)}; {', '.join(SCHEMES)} are known")
+        raise ValueError(
+            f"{path}: scheme {scheme!r} is unknown{nearest(str(scheme), SCHEMES)}; {', '.join(SCHEMES)} are known"
+        )
     try:
         return from_dict(ModelConfig, fields["decoder"], "decoder."), scheme
     except (ValueError, KeyError, TypeError) as error:
@@ -149,10 +158,8 @@ def shapes(config: ModelConfig, scheme: Scheme) -> Parameters:
     """The tree of a quantized decoder, without numbers."""
 
     def shape(leaf: Any, names: Names) -> Any:
-        kept_as = scheme_of(names, scheme)
-        if kept_as is None:
-            return leaf
-        return jax.eval_shape(functools.partial(quantize, summed=summed_dims(names), scheme=kept_as), leaf)
+        make = making(names, scheme)
+        return leaf if make is None else jax.eval_shape(make, leaf)
 
     return jax.tree.map(shape, abstract(config).shapes, abstract(config).names)
 
@@ -168,7 +175,9 @@ def load(folder: pathlib.Path, config: ModelConfig, scheme: Scheme, mesh: Mesh, 
             built[name] = jax.device_put(file.read(name), sharding(names[name], leaf.shape, mesh, rules))
             continue
         parts = {
-            part: jax.device_put(unpacked(file.read(f"{name}.{part}", safetensors_file.CODES), getattr(leaf, part)), where)
+            part: jax.device_put(
+                unpacked(file.read(f"{name}.{part}", safetensors_file.CODES), getattr(leaf, part)), where
+            )
             for part in ("codes", "scales", "lows")
             if (where := getattr(places(leaf, names[name], mesh, rules), part)) is not None
         }

@@ -238,7 +238,7 @@ def assemble(
     return nested(built)
 
 
-def nested(built: dict[str, jax.Array]) -> Parameters:
+def nested(built: dict[str, Any]) -> Parameters:
     """A tree from dotted paths; layers that stand apart have whole numbers as keys."""
     tree: dict[Any, Any] = {}
     for path, leaf in built.items():

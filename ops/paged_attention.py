@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from ops.ragged import Blocks, Groups, Ragged
+from ops.ragged import Blocks, Groups, Ragged, quantized
 
 EMPTY = -1e30  # the largest logit of a query that has seen nothing yet
 HIDDEN = -1e38  # a logit that weighs nothing, even beside EMPTY
@@ -50,7 +50,9 @@ class _Refs(NamedTuple):
     q: Any  # [1, K, Q, H]
     pools: tuple[Any, ...]  # keys, values and their scales, in HBM
     out: Any  # [1, K, Q, H]
-    buffers: tuple[Any, ...]  # of each pool, two that are filled in turn: [2, K, S, H], scales [2, blocks, K, Z]
+    buffers: tuple[
+        Any, ...
+    ]  # of each pool, two that are filled in turn: [2, K, S, H], scales [2, blocks, K, Z or more]
     scales: tuple[Any, ...]  # of the stretch, its blocks side by side [K, 1, S]
     top: Any  # [K, Q, 1], the largest logit so far
     total: Any  # [K, Q, 1]
@@ -85,6 +87,8 @@ def attend(
         )
     most = max(1, MOST_ENTRIES // M)
     window = jnp.asarray(EVERYTHING if window is None else window, jnp.int32)
+    *_, H = q.shape
+    q = _widened(q, k.values)
     outs, row, token = [], 0, 0
     for count, width in groups:
         for start in range(0, count, most):
@@ -95,7 +99,32 @@ def attend(
             out = _rectangle(part, k, v, mine, window, **knobs)
             outs.append(rearrange(out, "B K (t G) H -> (B t) (K G) H", t=width))
             row, token = row + size, token + size * width
-    return jnp.concatenate(outs)
+    return jnp.concatenate(outs)[..., :H]
+
+
+def write(blocks: Blocks, new: Float[Array, "T K H"], slots: Int[Array, "T"]) -> Blocks:
+    """The blocks with each token in its slot, block · Z + place, in place where they are donated.
+
+    Every head of a token is a row of its own of the pool seen as a matrix: a scatter that XLA leaves in its layout.
+    """
+    _, _, Z, _ = blocks.values.shape
+    block, place = slots // Z, slots % Z
+
+    def put(pool, rows):
+        P, K, stride, *rest = pool.shape
+        at = (block[:, None] * K + jnp.arange(K, dtype=block.dtype)[None]) * stride + place[:, None]
+        return pool.reshape(P * K * stride, *rest).at[at].set(rows, mode="promise_in_bounds").reshape(pool.shape)
+
+    new = _widened(new, blocks.values)
+    if blocks.scales is None:
+        return Blocks(put(blocks.values, new.astype(blocks.values.dtype)), None)
+    values, scales = quantized(new)
+    return Blocks(put(blocks.values, values), put(blocks.scales, scales))
+
+
+def _widened(x: Float[Array, "T heads H"], pool: Array) -> Float[Array, "T heads _"]:
+    """As wide as the heads of a pool, which are whole lanes."""
+    return jnp.pad(x, ((0, 0), (0, 0), (0, pool.shape[-1] - x.shape[-1])))
 
 
 def _rectangle(q: Float[Array, "B K Q H"], k: Blocks, v: Blocks, rows: Ragged, window, *, width, interpret, **knobs):
@@ -118,7 +147,7 @@ def _rectangle(q: Float[Array, "B K Q H"], k: Blocks, v: Blocks, rows: Ragged, w
             out_specs=spec,
             scratch_shapes=[
                 *[pltpu.VMEM((2, K, blocks * Z, H), x.dtype) for x in pools[:2]],
-                *[pltpu.VMEM((2, blocks, K, Z), x.dtype) for x in pools[2:]],
+                *[pltpu.VMEM((2, blocks, *x.shape[1:]), x.dtype) for x in pools[2:]],
                 *[pltpu.VMEM((K, 1, blocks * Z), x.dtype) for x in pools[2:]],
                 *[pltpu.VMEM((K, padded, lanes), jnp.float32) for lanes in (1, 1, H)],
                 pltpu.SemaphoreType.DMA((2,)),
@@ -176,7 +205,9 @@ def _kernel(*refs, width: int, group: int, heads: int, scale: float, softcap: fl
         turn = _wait(plan, refs, row, i)
         for scales, buffer in zip(refs.scales, refs.buffers[2:], strict=True):
             _, blocks, _, _ = buffer.shape
-            scales[...] = jnp.concatenate([buffer[turn, j] for j in range(blocks)], axis=-1)[:, None]
+            scales[...] = jnp.concatenate([buffer[turn, j, :, : size // blocks] for j in range(blocks)], axis=-1)[
+                :, None
+            ]
         low, slot = plan.positions[row], i * size
         sees_all = (slot + size - 1 <= low) & (low + width - 1 - slot < plan.window[0]) & (plan.lengths[row] == width)
 

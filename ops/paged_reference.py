@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
-from ops.ragged import Blocks, Groups, Ragged
+from ops.ragged import Blocks, Groups, Ragged, quantized
 
 SLOTS = 128  # keys that are looked at together: what stays in a core's cache (docs/benchmarks/serving.md)
 TOGETHER = 8  # rows whose loop is as long as the longest of them needs
@@ -49,6 +49,18 @@ def _in_turns(look: Callable, q: Float[Array, "B t N H"], rows: Ragged) -> Float
         return look(q, rows)
     apart = jax.tree.map(lambda x: rearrange(x, "(i b) ... -> i b ...", b=TOGETHER), (q, rows))
     return rearrange(jax.lax.map(lambda part: look(*part), apart), "i b t N H -> (i b) t N H")
+
+
+def write(blocks: Blocks, new: Float[Array, "T K H"], slots: Int[Array, "T"]) -> Blocks:
+    """The blocks with each token in its slot, block · Z + place, in place where they are donated."""
+    _, _, Z, _ = blocks.values.shape
+    block, place = slots // Z, slots % Z
+    if blocks.scales is None:
+        values, scales = new.astype(blocks.values.dtype), None
+    else:
+        values, factor = quantized(new)
+        scales = blocks.scales.at[block, :, place].set(factor, mode="promise_in_bounds")
+    return Blocks(blocks.values.at[block, :, place].set(values, mode="promise_in_bounds"), scales)
 
 
 def _rectangle(q: Float[Array, "B t N H"], rows: Ragged, *, k: Blocks, v: Blocks, window, scale, softcap):

@@ -1,13 +1,13 @@
 """Weights in 8 or 4 bits: made from float ones, and multiplied by as they are. Knows no mesh, no model, no file.
 
-    scheme   codes                        value of a weight        error of a weight
-    int8     int8, -127…127               code * scale             at most scale / 2, scale = largest of its output / 127
-    fp8      float8_e4m3fn                code * scale             at most |weight| / 16, or scale / 1024 where that is more
-    int4     uint4, groups of 32 inputs   code * scale + low       at most 0.51 * (highest - lowest of its group) / 15
-                                                                   where no weight is clipped; else see `grouped`
+    scheme   codes                        value of a weight       error of a weight
+    int8     int8, -127…127               code * scale            at most scale / 2, scale = largest of its output / 127
+    fp8      float8_e4m3fn                code * scale            at most |weight| / 16, or scale / 1024 if that is more
+    int4     uint4, groups of 32 inputs   code * scale + low      at most 0.51 * (highest - lowest of its group) / 15
+                                                                  where no weight is clipped; else see `grouped`
 
 A product sums over a weight's inputs; what is left are its outputs. int8 and fp8 have one scale an output, int4 one
-scale and one low (float16) a group: 5 bits a weight. Two forms multiply alike: *plain*, in einsum's own words, which the
+scale and one low (float16) a group: 5 bits a weight. Two forms multiply alike: *plain*, in einsum's own words, which a
 TPU's compiler fuses, and *streamed*, the one form in which XLA:CPU reads the codes and not their float32 copy
 (docs/benchmarks/quantization.md).
 """
@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import math
 from types import EllipsisType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ GROUP = 32  # inputs of int4 that share a scale, at most
 SMALLEST = 1e-30  # of an output that scales are made of: zeros stay zeros
 SHRINKS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.80)  # of a group's range, tried by int4: clipping its ends may cost less
 LARGEST = {"int8": 127.0, "fp8": 448.0}
+FEW_ROWS = 16  # for which groups of int4 are multiplied before they are scaled
 TILE_BYTES = 2**20  # of float32 weights that exist at once in a streamed product of several rows
 
 
@@ -36,9 +37,9 @@ TILE_BYTES = 2**20  # of float32 weights that exist at once in a streamed produc
 class Quantized:
     """A weight as codes, its dims in another order: outputs, then inputs. Multiplies as the array it was made from."""
 
-    codes: Num[Array, "..."]
-    scales: Float[Array, "..."]  # each dim 1, or as many as there are outputs or groups of inputs
-    lows: Float[Array, "..."] | None  # of code 0; None is 0
+    codes: Any  # array
+    scales: Any  # array; each dim 1, or as many as there are outputs or groups of inputs
+    lows: Any  # array as scales, what code 0 means; None is 0
     order: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # dim of the weight that each dim of codes is
     num_inputs: int = dataclasses.field(metadata={"static": True})  # dims, the last ones of codes
     is_streamed: bool = dataclasses.field(default=False, metadata={"static": True})
@@ -71,6 +72,8 @@ class Quantized:
         letters = "".join(right[dim] for dim in self.order)
         if self.is_streamed:
             return self._streamed(x)
+        if self.lows is not None and math.prod(x.shape) <= FEW_ROWS * math.prod(self.codes.shape[-self.num_inputs :]):
+            return self._by_group(x, left, letters, y)
         if self.lows is not None:
             return jnp.einsum(f"{left},{letters}->{y}", x, decoded(self.codes, self.scales, self.lows).astype(x.dtype))
         product = jnp.einsum(f"{left},{letters}->{y}", x, self.codes.astype(x.dtype))
@@ -78,11 +81,23 @@ class Quantized:
         scales = self.scales.reshape((1,) * (product.ndim - kept) + self.scales.shape[:kept])
         return (product.astype(jnp.float32) * scales).astype(x.dtype)
 
+    def _by_group(self, x: Float[Array, "..."], left: str, letters: str, y: str) -> Float[Array, "..."]:
+        """A product for each group of inputs, then scaled: else a TPU's compiler writes scales weight by weight."""
+        codes, rows = (part.reshape(*part.shape[:-1], self.scales.shape[-1], -1) for part in (self.codes, x))
+        inputs = letters[-self.num_inputs :]
+        groups = jnp.einsum(
+            f"{left}z,{letters}z->{y}{inputs}", rows, codes.astype(x.dtype), preferred_element_type=jnp.float32
+        )
+        scales, lows = self.scales.astype(jnp.float32), self.lows.astype(jnp.float32)
+        product = jnp.einsum(f"{y}{inputs},{letters}->{y}", groups, scales)
+        sums = jnp.sum(rows.astype(jnp.float32), axis=-1)
+        return (product + jnp.einsum(f"{left},{letters}->{y}", sums, lows)).astype(x.dtype)
+
     def _streamed(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """In float32, whatever x is: outputs by inputs, in tiles of outputs where x has several rows.
 
-        XLA:CPU computes x anew for every output, unless that is dear: a division is, and by 1 it changes nothing. A
-        loop over tokens would decode the weight once, before it, and read float32 from then on: the barrier ties it to x.
+        XLA:CPU computes x anew for every output, unless that is dear: a division is, and by 1 it changes nothing.
+        A loop over tokens would decode the weight once, before it, and read float32 then: the barrier ties it to x.
         """
         kept = x.shape[: x.ndim - self.num_inputs]
         outputs = self.codes.shape[: self.codes.ndim - self.num_inputs]
@@ -165,16 +180,17 @@ def decoded(
     codes: Num[Array, "..."], scales: Float[Array, "..."], lows: Float[Array, "..."] | None
 ) -> Float[Array, "..."]:
     """The weights that codes mean, in float32."""
-    wide = [
-        None if part is None else functools.reduce(
-            lambda part, dim: part if part.shape[dim] in (1, codes.shape[dim])
-            else jnp.repeat(part, codes.shape[dim] // part.shape[dim], axis=dim),
-            range(codes.ndim), part.astype(jnp.float32),
-        )
-        for part in (scales, lows)
-    ]  # fmt: skip
-    values = _as_float(codes) * wide[0]
-    return values if wide[1] is None else values + wide[1]
+    values = _as_float(codes) * _spread(scales, codes.shape)
+    return values if lows is None else values + _spread(lows, codes.shape)
+
+
+def _spread(part: Float[Array, "..."], shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """In float32; a number for several weights is repeated for each, one for all is not."""
+    part = part.astype(jnp.float32)
+    for dim, (size, wanted) in enumerate(zip(part.shape, shape, strict=True)):
+        if size not in (1, wanted):
+            part = jnp.repeat(part, wanted // size, axis=dim)
+    return part
 
 
 def _as_float(codes: Num[Array, "..."]) -> Float[Array, "..."]:

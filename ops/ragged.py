@@ -9,6 +9,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+LANES = 128  # numbers in a row of a TPU's memory: XLA would turn a pool of shorter rows, and turn it back for a kernel
+
 
 class Ragged(NamedTuple):
     """Rows of queries among flat T, each with the blocks that it looks at."""
@@ -20,7 +22,7 @@ class Ragged(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """Keys or values of one layer."""
+    """Keys or values of one layer. H, and of scales Z, may be more than they hold: whole lanes, zeros at their ends."""
 
     values: Array  # [P, K, Z, H], floats or int8
     scales: Array | None  # float32 [P, K, Z] that int8 values are multiplied by; None for floats

@@ -4,7 +4,7 @@ from jaxtyping import Array, Float, Int
 
 from ops import paged_attention
 from ops.ragged import Blocks, Groups, Ragged
-from parallel.sharding import by_device, divides
+from parallel.sharding import Names, by_device, divides
 
 
 def attend(
@@ -22,8 +22,7 @@ def attend(
 
     Where the mesh does not divide K, every device attends with all heads.
     """
-    _, K, _, _ = k.values.shape
-    heads = (None, "act_heads" if divides("act_heads", K) else None)
+    heads = _heads(k)
     early = window is None or isinstance(window, int)
 
     def own(q, k, v, rows, *late):
@@ -34,3 +33,15 @@ def attend(
     if not early:
         arguments, names = (*arguments, window), (*names, ())
     return by_device(own, arguments, names, out=heads)
+
+
+def write(blocks: Blocks, new: Float[Array, "T K H"], slots: Int[Array, "T"]) -> Blocks:
+    """As `ops.paged_attention.write`: each device writes its own heads."""
+    heads = _heads(blocks)
+    return by_device(paged_attention.write, (blocks, new, slots), (heads, heads, ()), out=heads)
+
+
+def _heads(blocks: Blocks) -> Names:
+    """The first two dims of whatever has heads second."""
+    _, K, _, _ = blocks.values.shape
+    return None, "act_heads" if divides("act_heads", K) else None

@@ -3,6 +3,7 @@
     python -m perf compile CONFIG [key=value ...] --topology v5e:16x16    the TPU compiler's own word, without a TPU
     python -m perf shardings CONFIG [key=value ...] [--topology v5e:4x4]   tensor by tensor, collective by collective
     python -m perf bench train|prefill|decode                              measured, beside this machine's roof
+    python -m perf bench serve [--mix M] [--rate R] [--plot FILE]          requests answered, beside other ways to
     python -m perf soak --url http://127.0.0.1:8000 [--pid N]               many clients of a server on this machine
     python -m perf quantize MODEL --file TEXT [--schemes int8 int4 fp8]    bytes, loss and speed of quantized weights
 
@@ -12,12 +13,14 @@ Nothing heavy is imported before the command line is read.
 import argparse
 import dataclasses
 import json
+import math
 import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 USUAL = {"train": (4, 512), "prefill": (1, 512), "decode": (1, 64)}  # batch, length of a bench
+MIXES = ("sharegpt", "fixed", "prefix", "chat", "copy")  # of bench serve
 DEFAULT = pathlib.Path(__file__).parents[1] / "configs" / "quickstart.py"
 
 
@@ -53,13 +56,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     bench = commands.add_parser("bench", help="measure this machine", allow_abbrev=False)
-    bench.add_argument("kind", choices=USUAL)
-    bench.add_argument("--batch", type=_positive, help="sequences (default: train 4, else 1)")
-    bench.add_argument("--length", type=_positive, help="tokens of a sequence or prompt (default: decode 64, else 512)")
-    bench.add_argument("--tokens", type=_positive, default=32, help="tokens decoded a round (decode; default 32)")
-    bench.add_argument("--rounds", type=_positive, default=5, help="rounds, of which medians are taken (default 5)")
-    bench.add_argument("--peer", default="", metavar="PYTHON", help="interpreter with torch and transformers")
-    bench.add_argument("--json", action="store_true", help="one JSON object, last on stdout")
+    kinds = bench.add_subparsers(dest="kind", required=True, metavar="train|prefill|decode|serve")
+    for kind, (batch, length) in USUAL.items():
+        _add_kind(kinds.add_parser(kind, help=f"the {kind} step", allow_abbrev=False), batch, length)
+    _add_serve(kinds.add_parser("serve", help="many requests at once", allow_abbrev=False))
 
     soak = commands.add_parser("soak", help="many clients of a server on this machine", allow_abbrev=False)
     soak.add_argument("--url", required=True, help="of the server, such as http://127.0.0.1:8000")
@@ -72,12 +72,16 @@ def _parser() -> argparse.ArgumentParser:
 
     quantize = commands.add_parser("quantize", help="what quantized weights cost and save", allow_abbrev=False)
     quantize.add_argument("model", metavar="MODEL", help="as for infer.py")
-    quantize.add_argument("--file", required=True, type=pathlib.Path, metavar="TEXT", help="measured on this text, UTF-8")
+    quantize.add_argument(
+        "--file", required=True, type=pathlib.Path, metavar="TEXT", help="measured on this text, UTF-8"
+    )
     quantize.add_argument("--schemes", nargs="+", default=["int8", "int4", "fp8"], metavar="S", help="default: all")
     quantize.add_argument("--tokens", type=int, default=16384, help="of the text; 0: no perplexity (default 16384)")
     quantize.add_argument("--decoded", type=int, default=48, help="tokens a round; 0: no speed (default 48)")
     quantize.add_argument("--rounds", type=_positive, default=5, help="of decoding, in turns (default 5)")
-    quantize.add_argument("--rescaled", action="store_true", help="measure the model's twin, whose weights lie on no grid")
+    quantize.add_argument(
+        "--rescaled", action="store_true", help="measure the model's twin, whose weights lie on no grid"
+    )
     quantize.add_argument("--json", action="store_true", help="one JSON object, last on stdout")
 
     compile_ = commands.add_parser("compile", help="compile a run's step for a TPU slice", allow_abbrev=False)
@@ -97,6 +101,45 @@ def _parser() -> argparse.ArgumentParser:
     compile_.add_argument("--largest-batch", action="store_true", help="find the largest train batch that fits")
     shardings.add_argument("--devices", type=_positive, help="over so many devices (default: of the first topology)")
     return parser
+
+
+def _add_kind(bench: argparse.ArgumentParser, batch: int, length: int) -> None:
+    """Options of a bench of one step."""
+    bench.add_argument("--batch", type=_positive, default=batch, help=f"sequences (default {batch})")
+    bench.add_argument("--length", type=_positive, default=length, help=f"tokens of each (default {length})")
+    bench.add_argument("--tokens", type=_positive, default=32, help="tokens decoded a round (decode; default 32)")
+    bench.add_argument("--rounds", type=_positive, default=5, help="rounds, of which medians are taken (default 5)")
+    _add_ends(bench)
+
+
+def _add_serve(serve: argparse.ArgumentParser) -> None:
+    """Options of the bench of serving."""
+    serve.add_argument("--mix", choices=MIXES, default="sharegpt", help="what is asked (default sharegpt)")
+    serve.add_argument(
+        "--rate", type=_rate, default=math.inf, metavar="R", help="Poisson arrivals a second (default: all at once)"
+    )
+    serve.add_argument("--requests", type=_positive, default=32, help="how many (default 32; chat: turns in all)")
+    serve.add_argument(
+        "--scale", type=_rate, default=0.125, help="lengths times this (default 0.125; not prefix, copy)"
+    )
+    serve.add_argument("--rows", type=_positive, default=32, help="sequences computed at once (default 32)")
+    serve.add_argument("--rounds", type=_positive, default=3, help="rounds, of which medians are taken (default 3)")
+    serve.add_argument("--seed", type=int, default=0, help="of the trace (default 0)")
+    serve.add_argument("--model", default="", help="as infer.py takes it (default: SmolLM2-135M, random weights)")
+    serve.add_argument("--plot", default="", metavar="FILE", help="draw the last round, such as serving.png")
+    _add_ends(serve)
+
+
+def _add_ends(bench: argparse.ArgumentParser) -> None:
+    bench.add_argument("--peer", default="", metavar="PYTHON", help="interpreter with torch and transformers")
+    bench.add_argument("--json", action="store_true", help="one JSON object, last on stdout")
+
+
+def _rate(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{value} must be above 0")
+    return value
 
 
 def _positive(text: str) -> int:
@@ -126,13 +169,14 @@ def _bench(asked: argparse.Namespace) -> int:
     look_only_where_chips_are()
     keep_freed_memory()
     cache_compilations()
+    if asked.kind == "serve":
+        return _serve(asked)
     from perf.bench import BenchConfig, run
 
-    batch, length = USUAL[asked.kind]
     config = BenchConfig(
         kind=asked.kind,
-        batch=asked.batch or batch,
-        length=asked.length or length,
+        batch=asked.batch,
+        length=asked.length,
         tokens=asked.tokens,
         rounds=asked.rounds,
         peer=asked.peer,
@@ -178,9 +222,34 @@ def _quantize(asked: argparse.Namespace) -> int:
     return 0
 
 
+def _serve(asked: argparse.Namespace) -> int:
+    """Measure answering many requests."""
+    from perf import serving
+    from perf.workload import Workload
+
+    mix = "sharegpt" if asked.mix == "copy" else asked.mix
+    work = Workload(mix=mix, requests=asked.requests, rate=asked.rate, scale=asked.scale, seed=asked.seed)
+    config = serving.ServeConfig(
+        work=work,
+        copy=asked.mix == "copy",
+        model=asked.model,
+        rows=asked.rows,
+        rounds=asked.rounds,
+        peer=asked.peer,
+    )
+    result, played = serving.run(config, _say)
+    if asked.plot:
+        from perf import serving_plot
+
+        title = f"{result['model']}: {result['requests']} requests, mix {result['mix']}, arrivals {result['rate']}"
+        serving_plot.draw(played, pathlib.Path(asked.plot), title)
+    print(json.dumps(result) if asked.json else "\n".join(_lines(result)))
+    return 0
+
+
 def _lines(result: dict) -> list[str]:
     return [
-        f"{key:>26}  {value:,.4g}" if isinstance(value, float) else f"{key:>26}  {value}"
+        f"{key:>27}  {value:,.4g}" if isinstance(value, float) else f"{key:>27}  {value}"
         for key, value in result.items()
     ]
 

@@ -155,10 +155,8 @@ def _train(work: Work, mesh: Mesh) -> tuple[jax.stages.Lowered, dict[str, int], 
 
 def _prefill(work: Work, mesh: Mesh) -> tuple[jax.stages.Lowered, dict[str, int], int]:
     """The largest piece of prompts that the engine reads in a step, whatever came before it stands in the cache."""
-    most = power_of_two(max(1, EngineConfig().chunk // TILE))
-    return _serve(
-        work, mesh, Shape(rows=0, width=1, tiles=min(power_of_two(-(-work.batch * work.length // TILE)), most))
-    )
+    tiles = power_of_two(max(1, EngineConfig().chunk // TILE))
+    return _serve(work, mesh, Shape(rows=0, width=1, tiles=tiles))
 
 
 def _decode(work: Work, mesh: Mesh) -> tuple[jax.stages.Lowered, dict[str, int], int]:

@@ -103,12 +103,7 @@ async def play(url: str, draw: random.Random, *, tokens: int, prompts: int, stre
 
 def gaps(times: Sequence[Seconds], start: float, end: float) -> Seconds:
     """Seconds between tokens, of all answers, of which the later came within a time."""
-    return [
-        later - earlier
-        for each in times
-        for earlier, later in itertools.pairwise(each)
-        if start <= later <= end
-    ]
+    return [later - earlier for each in times for earlier, later in itertools.pairwise(each) if start <= later <= end]
 
 
 def random_tokens(draw: random.Random, count: int) -> list[int]:

@@ -15,20 +15,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from inference.config import SamplingConfig
-from inference.engine import Engine, Row
+from inference.config import EngineConfig, SamplingConfig
+from inference.engine import Engine
+from inference.generate import cache_for
 from inference.location import locate
+from inference.request import Request
 from inference.score import Score, score
 from inference.weights import Model, open_model, quantized_on_load, serving_parameters
 from model.config import ModelConfig
 from model.parameters import Parameters
-from ops.quantize import SCHEMES, Quantized
+from ops.quantize import SCHEMES, Quantized, Scheme
 from parallel.config import AxisRules, MeshConfig
 from parallel.mesh import make_mesh
 from perf import roofline
 
 RULES = AxisRules()
 FLOAT = "float32"
+PROMPT = 32  # tokens before those that are decoded
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +40,7 @@ class QuantizationConfig:
 
     model: str
     file: pathlib.Path  # the text that is measured on
-    schemes: tuple[str, ...] = SCHEMES
+    schemes: tuple[Scheme, ...] = SCHEMES
     tokens: int = 16384  # of the text, from its beginning; 0 leaves perplexity out
     window: int = 1024  # tokens read at once
     decoded: int = 48  # tokens a round; 0 leaves speed out
@@ -53,7 +56,7 @@ class Side(NamedTuple):
 
 
 def run(config: QuantizationConfig, say: Callable[[str], None]) -> dict[str, Any]:
-    """Measure; -> for each scheme, float32 first: bytes, perplexity and its increase, tokens a second and their ratio."""
+    """Measure; -> for each scheme, float32 first: bytes, perplexity, its increase, tokens a second, their ratio."""
     unknown = [scheme for scheme in config.schemes if scheme not in SCHEMES]
     if unknown:
         raise ValueError(f"--schemes {unknown[0]} is unknown; {', '.join(SCHEMES)} are known")
@@ -65,8 +68,9 @@ def run(config: QuantizationConfig, say: Callable[[str], None]) -> dict[str, Any
     content = config.file.read_bytes()
     tokens = tuple(model.tokenizer.encode(content.decode()))[: config.tokens]
     sides, rows = {}, {}
-    for name in (FLOAT, *config.schemes):
-        sides[name] = side(model if name == FLOAT else quantized_on_load(model, name))
+    for scheme in (None, *config.schemes):
+        name, room = scheme or FLOAT, cache_for([PROMPT + config.decoded + 1])
+        sides[name] = side(model if scheme is None else quantized_on_load(model, scheme), room)
         rows[name] = {"bytes": sides[name].bytes, "bytes_ratio": sides[FLOAT].bytes / sides[name].bytes}
         if config.tokens:
             found = scored(sides[name].engine, tokens, config.window)
@@ -79,13 +83,15 @@ def run(config: QuantizationConfig, say: Callable[[str], None]) -> dict[str, Any
     return {**plain, "results": rows}
 
 
-def side(model: Model) -> Side:
+def side(model: Model, cache_tokens: int) -> Side:
     """Load a model on one device and start its engine."""
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     parameters = model.load(mesh, RULES)
     size = num_bytes(parameters)
     config, parameters = serving_parameters(model.config, parameters, mesh)
-    return Side(Engine(config, parameters, mesh, RULES, num_tokens=model.tokenizer.vocab_size), size)
+    options = EngineConfig(max_rows=1, cache_tokens=cache_tokens, prefix_cache=False)
+    engine = Engine(config, parameters, mesh, RULES, num_tokens=model.tokenizer.vocab_size, options=options)
+    return Side(engine, size)
 
 
 def num_bytes(parameters: Parameters) -> int:
@@ -102,12 +108,15 @@ def scored(engine: Engine, tokens: tuple[int, ...], window: int) -> Score:
 
 def speeds(config: QuantizationConfig, engines: dict[str, Engine], tokens, rows: dict[str, dict], say) -> None:
     """Decode in turns; medians over the rounds go into `rows`."""
-    prompt, found = tokens[:32], {name: [] for name in engines}
+    prompt, found = tokens[:PROMPT], {name: [] for name in engines}
     for number in range(config.rounds + 1):  # the first compiles
         for name, engine in engines.items():
             found[name].append(seconds(engine, prompt, config.decoded))
         if number:
-            say(f"round {number}/{config.rounds}  " + "  ".join(f"{k} {config.decoded / v[-1]:.4g}" for k, v in found.items()))
+            say(
+                f"round {number}/{config.rounds}  "
+                + "  ".join(f"{k} {config.decoded / v[-1]:.4g}" for k, v in found.items())
+            )
     for name, times in found.items():
         ratios = [float_ / mine for float_, mine in zip(found[FLOAT][1:], times[1:], strict=True)]
         rows[name] |= {
@@ -118,12 +127,13 @@ def speeds(config: QuantizationConfig, engines: dict[str, Engine], tokens, rows:
 
 def seconds(engine: Engine, prompt: tuple[int, ...], count: int) -> float:
     """Of `count` greedy tokens of one sequence after the first."""
-    stream = engine.stream([Row(prompt, SamplingConfig(temperature=0.0), count + 1)], ())
-    next(stream)
-    start = time.perf_counter()
-    for _ in stream:
-        pass
-    return time.perf_counter() - start
+    request = Request(prompt=prompt, sampling=SamplingConfig(temperature=0.0), max_tokens=count + 1)
+    start, counted = 0.0, 0
+    for outputs in engine.run([request]):
+        new = sum(len(output.tokens) for output in outputs)
+        counted += new if start else 0
+        start = start or (time.perf_counter() if new else 0.0)
+    return (time.perf_counter() - start) / counted * count
 
 
 # The twin

@@ -8,6 +8,7 @@ import asyncio
 import collections
 import dataclasses
 import ipaddress
+import itertools
 import json
 import pathlib
 import statistics
@@ -20,7 +21,7 @@ import httpx
 from parallel.records import require
 
 WARM_UP = 0.25  # of the time, after which memory should not grow
-WORDS = "a stream of words that mean little but are read as prompts are and answered token by token".split()
+WORDS = ("a", "stream", "of", "words", "that", "mean", "little", "but", "are", "read", "as", "prompts", "are")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,7 +125,7 @@ async def ask(http: httpx.AsyncClient, asked: dict[str, Any], start: float) -> A
         failure = f"{type(error).__name__}: {error}"
     if not failure and not (is_done and tokens == asked["max_tokens"]):
         failure = f"{tokens} tokens of {asked['max_tokens']} came, and {'an' if is_done else 'no'} end"
-    gaps = [later - earlier for earlier, later in zip(came[1:], came[2:], strict=False)]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(came[1:])]
     return Answered(begun - start, came[min(1, len(came) - 1)] - begun, max(gaps, default=0.0), tokens, failure)
 
 

@@ -76,6 +76,13 @@ def test_several_samples_are_runs_with_the_next_seeds(capsys, folder):
     assert both["tokens"] == both["samples"][0]["tokens"] != both["samples"][1]["tokens"]
 
 
+def test_a_search_gives_the_likeliest_answers_first(capsys, folder):
+    found = answer(capsys, "generate", folder, "Hello", "--beams", "3", "-n", "2", "--max-tokens", "6")["samples"]
+    best, next_ = (sum(sample["logprobs"]) / len(sample["tokens"]) for sample in found)
+    assert best >= next_
+    assert all(len(sample["tokens"]) == 6 or sample["finish_reason"] == "stop" for sample in found)
+
+
 def test_a_prompt_may_come_from_standard_input_or_be_empty(capsys, folder, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello"))
     assert answer(capsys, "generate", folder, "-", *GREEDY)["prompt_tokens"] == [256, *b"Hello"]
@@ -182,6 +189,10 @@ def test_help_and_refusals_need_no_jax():
         "generate smollm2 x --top-k a": "argument --top-k: invalid int value: 'a'",
         "generate smollm2 x --logit-bias 5": "argument --logit-bias: '5' is not a token's id and a number, as 50=-100",
         "generate smollm2 x --logit-bias 5=200": "sampling.logit_bias adds 200.0 to token 5",
+        "generate smollm2 x --beams 11": "beams=11 must be between 1 and 10",
+        "generate smollm2 x --beams 3 --temperature 1": "--beams 3 searches and draws nothing",
+        "generate smollm2 x --beams 3 -n 4": "-n 4 answers need as many beams and there are 3",
+        "generate smollm2 x --length-penalty 2": "--length-penalty and --early-stopping are for a search",
         "generate smollm2 x --max-tokens 0": "generation.max_tokens=0 must be at least 1",
         "generate smollm2 x -n 0": "-n 0 must be at least 1",
         "generate smollm2 x --mesh tensr=2": "unknown key tensr .*; did you mean tensor?",
@@ -204,3 +215,21 @@ def test_help_and_refusals_need_no_jax():
     assert done.stderr == ""
     assert "--repetition-penalty X" in done.stdout
     assert "logits of tokens already there: divided by it" in " ".join(done.stdout.split())
+
+
+def test_a_quantized_folder_answers_as_the_model_quantized_on_load(capsys, folder, tmp_path):
+    out = tmp_path / "small"
+    assert call(capsys, "quantize", folder, out, "--weights", "int4") == (0, "", "")
+    loaded = answer(capsys, "generate", folder, "Hello", *GREEDY, "--weights", "int4")
+    found = answer(capsys, "generate", out, "Hello", *GREEDY)
+    assert (found["tokens"], found["logprobs"]) == (loaded["tokens"], loaded["logprobs"])
+    for wrong, message in {
+        ("quantize", folder, out, "--weights", "int8"): "already holds model.safetensors",
+        ("quantize", folder, tmp_path / "other"): "quantize needs --weights int8, int4 or fp8",
+        ("generate", out, "Hello", "--weights", "int8"): "has int4 weights already",
+        ("generate", folder, "Hello", "--weights", "int5"): "invalid choice: 'int5'",
+    }.items():
+        status, _, err = call(capsys, *wrong)
+        assert status == 2
+        assert message in err
+        assert err.count("\n") == 1

@@ -18,6 +18,7 @@ class FakeEngine:
         self.max_rows, self.max_length, self.pace = max_rows, max_length, pace
         self.gate = threading.Event()  # no step goes through while it is not set
         self.gate.set()
+        self.is_held = False  # whether a step waits at the gate
         self.fails_with: Exception | None = None  # what the next step raises
         self.requests: list[Request] = []
         self.num_steps = self.num_finished = self.num_cancelled = self.num_tokens = self.num_looks = 0
@@ -49,7 +50,9 @@ class FakeEngine:
 
     def step(self) -> list[Output]:
         self._check_thread()
+        self.is_held = not self.gate.is_set()
         assert self.gate.wait(60)
+        self.is_held = False
         time.sleep(self.pace)
         if self.fails_with is not None:
             raise self.fails_with

@@ -29,7 +29,8 @@ TEMPLATE = (
     "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}{% endfor %}"
     "Answer <tool_call>…</tool_call><|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-    "{% for call in m.tool_calls %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% for call in m.tool_calls %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}<|im_end|>\n"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -56,8 +57,12 @@ class Running:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60, **options)
 
     def connect(self) -> socket.socket:
-        """A bare connection."""
-        return socket.create_connection(self.address, timeout=60)
+        """A bare connection, which holds little that was not read."""
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(60)
+        connection.connect(self.address)
+        return connection
 
 
 def raw(path: str, body: bytes, *headers: str) -> bytes:
@@ -67,7 +72,9 @@ def raw(path: str, body: bytes, *headers: str) -> bytes:
 
 
 @contextlib.contextmanager
-def serving(engine, *, keys=(), capacity: int | None = None, model: HuggingFaceTokenizer | None = None, **options) -> Iterator[Running]:
+def serving(
+    engine, *, keys=(), capacity: int | None = None, model: HuggingFaceTokenizer | None = None, **options
+) -> Iterator[Running]:
     """A server around the engine, till the block ends."""
     config = ServerConfig(**{"port": 0, "api_key": tuple(keys), **options})
     bound = listening_socket(config.host, config.port)
@@ -84,12 +91,8 @@ def serving(engine, *, keys=(), capacity: int | None = None, model: HuggingFaceT
         service = Service(engine, Metrics(), capacity=capacity or rows + config.queue, reading=reading)
         service.start()
         app = application(service, served, config, Keys(config.api_key))
-        server = Listener(
-            uvicorn.Config(
-                app, http=patient(config.patience), ws="none", lifespan="off", log_level="error", access_log=False,
-                timeout_graceful_shutdown=1,
-            )  # fmt: skip
-        )
+        about = {"ws": "none", "lifespan": "off", "log_config": None, "access_log": False}
+        server = Listener(uvicorn.Config(app, http=patient(config.patience), timeout_graceful_shutdown=1, **about))
         url = f"http://127.0.0.1:{bound.getsockname()[1]}"
         running.append((Running(service, url, asyncio.get_running_loop()), server))
         started.set()

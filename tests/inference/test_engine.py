@@ -65,6 +65,20 @@ def test_log_probabilities_of_texts_are_the_full_forward_pass():
         np.testing.assert_allclose(found, full[np.arange(len(text) - 1), text[1:]], **CLOSE)
 
 
+@pytest.mark.parametrize("family", ["gemma", "mixture"])
+def test_in_one_shape_not_a_bit_depends_on_what_else_runs(family):
+    """Alone, together, from the cache, and after giving blocks back."""
+    prompts = (PROMPTS[0], PROMPTS[2], PROMPTS[1][:12], LONG[:140])
+    config, rows = FAMILIES[family], [row(p, 51, temperature=i / 2, seed=i) for i, p in enumerate(prompts)]
+    one = engine(config, one_shape=True)
+    alone = [run(one, [each])[0] for each in rows]
+    short = engine(config, one_shape=True, cache_tokens=208, prefix_cache=False)
+    assert run(one, rows) == alone
+    assert one.stats().cached_tokens > 100
+    assert run(short, rows) == alone
+    assert short.stats().preemptions > 0
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma", "mistral"])
 def test_what_the_cache_holds_is_not_read_again(family):
     config, prompt = FAMILIES[family], PROMPTS[1]

@@ -75,7 +75,8 @@ def test_the_engine_is_shown_as_it_works():
         expect(page.locator("#used")).to_have_text("1 used")
         expect(page.locator("#free")).to_have_text("60 free")
         expect(page.locator("#generated")).to_have_text("200", timeout=20_000)
-        assert page.evaluate("Boolean(document.querySelector('#blocks').getContext('2d').getImageData(2, 2, 1, 1).data[3])")
+        pixel = "document.querySelector('#blocks').getContext('2d').getImageData(2, 2, 1, 1).data[3]"
+        assert page.evaluate(pixel) == 255
 
 
 def test_a_refusal_is_shown_and_a_key_helps():
@@ -99,7 +100,8 @@ def test_the_page_can_be_used_by_keyboard_and_on_a_phone(tmp_path):
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(19, 20, 24)"
         unnamed = page.evaluate(
-            "[...document.querySelectorAll('input,textarea,button')].filter(e => !(e.labels?.length || e.ariaLabel || e.textContent)).length"
+            "[...document.querySelectorAll('input,textarea,button')]"
+            ".filter(e => !(e.labels?.length || e.ariaLabel || e.textContent)).length"
         )
         assert unnamed == 0
         page.screenshot(path=pathlib.Path(tmp_path) / "page.png")

@@ -1,6 +1,7 @@
-"""The server around a real engine with a tiny model: answers are the engine's own, blocks come back, real processes end."""
+"""The server around a real engine with a tiny model: answers are the engine's own, blocks come back, processes end."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import http.client
 import json
@@ -102,7 +103,8 @@ def test_embeddings_of_like_texts_are_alike(client):
 
 
 def test_answers_follow_a_schema(client):
-    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": False}
+    yes_or_no = {"a": {"type": "boolean"}}
+    schema = {"type": "object", "properties": yes_or_no, "required": ["a"], "additionalProperties": False}
     wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     found = client.chat.completions.create(model="tiny", messages=HI, n=3, max_tokens=200, response_format=wanted)
     for choice in found.choices:
@@ -170,11 +172,13 @@ def serve(folder, port: int, *more) -> list[str]:
 
 def test_sigterm_lets_answers_end_and_refuses_new_ones(folder, tmp_path):
     port = processes.free_port()
-    with processes.running([serve(folder, port, "--name", "tiny")], tmp_path / "said") as [process]:
+    with contextlib.ExitStack() as stack:
+        started = processes.running([serve(folder, port, "--name", "tiny")], tmp_path / "said")
+        [process] = stack.enter_context(started)
         process.says(f"tiny is served at http://127.0.0.1:{port}")
         url = f"http://127.0.0.1:{port}"
         assert httpx.get(url + "/health").json()["status"] == "ok"
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+        connection = stack.enter_context(contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=120)))
         body = {"prompt": "x", "max_tokens": 250, "stream": True, "ignore_eos": True, "temperature": 0}
         connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
         answer = connection.getresponse()

@@ -8,7 +8,7 @@ import pytest
 from inference.config import SamplingConfig
 from inference.metrics import Metrics
 from inference.request import Request
-from inference.service import CutOff, Full, Reading, Service, TimedOut, Unavailable
+from inference.service import CutOffError, FullError, Reading, Service, TimedOutError, UnavailableError
 from inference.turnover import Turnover
 from tests.inference.fake_engine import FakeEngine
 
@@ -74,11 +74,11 @@ def test_no_more_are_taken_than_there_are_places_and_the_refusal_says_when():
     async def test(service):
         engine.gate.clear()
         streams = [service.submit([request()]) for _ in range(3)]
-        with pytest.raises(Full) as refused:
+        with pytest.raises(FullError) as refused:
             service.submit([request(), request()])  # one place is left
         assert 1 <= refused.value.wait <= 60
         streams.append(service.submit([request()]))
-        with pytest.raises(Full):
+        with pytest.raises(FullError):
             await service.embed([(1, 2)])
         engine.gate.set()
         for stream in streams:
@@ -109,7 +109,7 @@ def test_what_is_closed_before_the_engine_saw_it_never_runs():
     async def test(service):
         engine.gate.clear()
         busy = service.submit([request(max_tokens=1)])
-        await until(lambda: engine.requests)
+        await until(lambda: engine.is_held)
         for _ in range(3):
             service.submit([request()]).close()
         engine.gate.set()
@@ -150,7 +150,7 @@ def test_who_reads_too_little_is_cut_off_and_others_go_on():
     async def test(service):
         lazy, eager = service.submit([request(max_tokens=10**6)]), service.submit([request(max_tokens=100)])
         assert len((await read(eager))[0][0]) == 100
-        with pytest.raises(CutOff, match="21 tokens came and were not read"):
+        with pytest.raises(CutOffError, match="21 tokens came and were not read"):
             await read(lazy)
         await until(lambda: service.num_open == 0)
 
@@ -168,7 +168,7 @@ def test_who_does_not_read_for_long_is_cut_off_but_waiting_is_no_idleness():
         assert [len(tokens) for tokens, _ in await patient] == [3, 3]
         lazy = service.submit([request(max_tokens=10**6)])
         await until(lambda: service.num_open == 0)
-        with pytest.raises(CutOff):
+        with pytest.raises(CutOffError):
             await read(lazy)
 
     with_service(engine, test, buffer=10**9, patience=0.2)
@@ -178,7 +178,7 @@ def test_an_answer_that_takes_too_long_ends():
     engine = FakeEngine(pace=0.001)
 
     async def test(service):
-        with pytest.raises(TimedOut, match="more than 0.05 s"):
+        with pytest.raises(TimedOutError, match=r"more than 0\.05 s"):
             await read(service.submit([request(max_tokens=10**6)]))
         await until(lambda: service.num_open == 0)
         assert engine.num_cancelled == 1
@@ -192,17 +192,18 @@ def test_when_the_engine_fails_every_asker_hears_why(capsys):
     async def test(service):
         engine.gate.clear()
         streams = [service.submit([request()]) for _ in range(4)]
+        await until(lambda: engine.is_held)
         call = asyncio.create_task(service.embed([(1, 2)]))
-        await until(lambda: engine.requests)
+        await asyncio.sleep(0)
         engine.fails_with = RuntimeError("no device any more")
         engine.gate.set()
         for stream in streams:
-            with pytest.raises(Unavailable, match="no device any more"):
+            with pytest.raises(UnavailableError, match="no device any more"):
                 await read(stream)
-        with pytest.raises(Unavailable):
+        with pytest.raises(UnavailableError):
             await call
         assert "RuntimeError: no device any more" in service.trouble
-        with pytest.raises(Unavailable):
+        with pytest.raises(UnavailableError):
             service.submit([request()])
         assert service.num_open == 0
 
@@ -218,7 +219,7 @@ def test_draining_ends_what_runs_and_refuses_what_is_new():
         await asyncio.sleep(0)
         drained = asyncio.create_task(service.drain(60))
         await asyncio.sleep(0)
-        with pytest.raises(Unavailable, match="shutting down"):
+        with pytest.raises(UnavailableError, match="shutting down"):
             service.submit([request()])
         assert await drained
         assert len((await running)[0][0]) == 50
@@ -232,18 +233,34 @@ def test_a_drain_gives_up_after_its_patience():
         stream = service.submit([request(max_tokens=10**6)])
         assert not await service.drain(0.05)
         await service.close()
-        with pytest.raises(Unavailable, match="has shut down"):
+        with pytest.raises(UnavailableError, match="has shut down"):
             await read(stream)
 
     with_service(FakeEngine(pace=0.001), test)
 
 
-def test_calls_run_between_steps_and_their_mistakes_are_theirs():
+def test_a_call_that_takes_too_long_ends():
+    engine = FakeEngine()
+
+    async def test(service):
+        engine.gate.clear()
+        stream = service.submit([request()])  # holds the engine up
+        await until(lambda: engine.is_held)
+        with pytest.raises(TimedOutError):
+            await service.embed([(1, 2)])
+        stream.close()
+
+    with_service(engine, test, timeout=0.05)
+
+
+def test_calls_run_between_steps_and_their_mistakes_are_theirs(capsys):
     async def test(service):
         assert await service.logprobs((1, 2, 3)) == [-0.5, -0.5]
         assert (await service.embed([(3, 4)])).shape == (1, 3)
         with pytest.raises(ValueError, match="mine"):
             await service.call(lambda engine: exec('raise ValueError("mine")'))
+        with pytest.raises(UnavailableError, match="could not do this: MemoryError"):
+            await service.call(lambda engine: exec("raise MemoryError"))
         assert await service.call(lambda engine: threading.current_thread().name) == "engine"
         assert not service.trouble
 

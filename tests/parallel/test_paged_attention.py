@@ -11,7 +11,7 @@ from ops import paged_attention, paged_reference
 from ops.ragged import Blocks, Ragged, quantized
 from parallel.config import AxisRules, MeshConfig
 from parallel.mesh import make_mesh
-from parallel.paged_attention import attend
+from parallel.paged_attention import attend, write
 from parallel.sharding import use
 
 Z, H, GROUPS = 8, 16, ((2, 1), (1, 4))
@@ -44,3 +44,28 @@ def test_equals_one_device(K, late, monkeypatch):
     out = on_mesh(q, k, v, rows)
     assert out.sharding.shard_shape(out.shape) == (6, 4 if K == 1 else 2, H)
     np.testing.assert_allclose(out, expected, atol=1e-5)  # 13 terms of order one, each rounded by 2^-23
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["floats", "int8"])
+def test_each_device_writes_its_own_heads(scaled):
+    """As the plain twin, into rows of whole lanes: what is behind H and Z stays zero."""
+    P, K, wide = 5, 4, 24
+    empty = Blocks(
+        jnp.zeros((P, K, Z, H), jnp.int8 if scaled else jnp.float32), jnp.zeros((P, K, Z)) if scaled else None
+    )
+    new = jax.random.normal(jax.random.key(0), (6, K, H))
+    slots = jnp.asarray([8, 9, 10, 39, 0, 17], jnp.int32)
+    expected = paged_reference.write(empty, new, slots)
+    mesh = make_mesh(MeshConfig(data=2, tensor=2), jax.devices()[:4])
+
+    def widened(blocks):
+        return jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, wide - x.shape[-1])]), blocks)
+
+    @jax.jit
+    def on_mesh(blocks, new, slots):
+        with use(mesh, AxisRules()):
+            return write(blocks, new, slots)
+
+    found = on_mesh(widened(empty), new, slots)
+    assert found.values.sharding.shard_shape(found.values.shape) == (P, K // 2, Z, wide)
+    jax.tree.map(np.testing.assert_array_equal, found, widened(expected))

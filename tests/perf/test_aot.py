@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import pytest
@@ -92,6 +93,7 @@ def test_serving_steps_are_compiled_too(step):
     assert report.argument_bytes > report.breakdown["cache"] + report.breakdown["weights"]
     assert report.alias_bytes > report.breakdown["cache"], "pools and slots are donated"
     assert report.kernels == {"paged_attention": MODEL.num_layers}
+    assert not re.search(rf"= bf16\[{blocks},\S* copy\(", report.text), "pools are written where they stand"
 
 
 @needs_libtpu
@@ -102,7 +104,9 @@ def test_heads_that_the_mesh_does_not_divide_are_on_every_device():
     work = dataclasses.replace(SERVED, step="decode", model=model, mesh=mesh, rules=rules, length=64)
     report = aot.compiled(work, find("v5e:2x2"), effort=LOW)
     assert report.kernels == {"paged_attention": model.num_layers}
-    assert report.breakdown["cache"] == 2 * model.num_layers * 64 * 3 * 32 * 2, "three blocks of each layer"
+    blocks, lanes = 3, 128
+    assert report.breakdown["cache"] == 2 * model.num_layers * blocks * 32 * lanes * 2
+    assert not re.search(rf"= bf16\[{blocks},\S* copy\(", report.text), "rows are whole lanes, whatever H is"
 
 
 def test_kernels_that_the_devices_do_not_run_are_refused():

@@ -28,7 +28,8 @@ def test_the_same_seed_gives_the_same_trace_and_another_gives_another(mix, seed,
     assert trace != workload.trace(dataclasses.replace(work, seed=seed + 1))
     assert len(trace) == requests
     for place, arrival in enumerate(trace):
-        assert arrival.time >= 0 and arrival.max_tokens >= 1 and len(arrival.prompt) >= 1
+        assert arrival.time >= 0
+        assert min(arrival.max_tokens, len(arrival.prompt)) >= 1
         assert all(0 <= token < work.vocab for token in arrival.prompt)
         assert -1 <= arrival.follows < place
 
@@ -38,7 +39,7 @@ def test_the_same_seed_gives_the_same_trace_and_another_gives_another(mix, seed,
 def test_lengths_have_the_mean_that_they_say(mean, sigma, scale):
     lengths = Lengths(mean=mean, sigma=sigma, low=4, high=1024).scaled(scale)
     drawn = np.asarray(lengths.draw(np.random.default_rng(0), 20_000))
-    assert drawn.min() >= lengths.low and drawn.max() <= lengths.high
+    assert lengths.low <= drawn.min() <= drawn.max() <= lengths.high
     assert abs(drawn.mean() - lengths.expected) <= 0.5 + 4 * drawn.std() / math.sqrt(len(drawn))  # 0.5 is rounding
 
 

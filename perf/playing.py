@@ -1,0 +1,171 @@
+"""Plays a trace to an engine in this process, and records when each token came. Knows no model and no other engine."""
+
+import heapq
+import time
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from inference.config import SamplingConfig
+from inference.engine import Engine
+from inference.request import EngineStats, Request
+from perf.workload import Trace
+
+GREEDY = SamplingConfig(temperature=0.0)
+PERCENTILES = (50, 90, 99)
+COUNTED = ("steps", "prompt_tokens", "cached_tokens", "drafted", "accepted", "preemptions")
+
+
+class Answered(NamedTuple):
+    """How one request fared, in seconds after the start."""
+
+    due: float  # when it came; what it waited for being let in counts as latency
+    first: float  # its first token
+    last: float
+    tokens: int
+    outputs: int  # steps that gave it tokens
+
+    @property
+    def first_token(self) -> float:
+        """TTFT: seconds until the first token."""
+        return self.first - self.due
+
+    @property
+    def per_token(self) -> float | None:
+        """TPOT: seconds of each further token; None where there is none."""
+        return (self.last - self.first) / (self.tokens - 1) if self.tokens > 1 else None
+
+
+class Tick(NamedTuple):
+    """A step of the engine that gave tokens."""
+
+    time: float
+    tokens: int
+
+
+class Played(NamedTuple):
+    """A trace that has been answered."""
+
+    answers: list[Answered]  # as the trace has them
+    ticks: list[Tick]
+    seconds: float
+    counted: dict[str, int]  # what the engine did meanwhile, by the names of EngineStats
+
+    @property
+    def throughput(self) -> float:
+        """Tokens of answers a second."""
+        return sum(answer.tokens for answer in self.answers) / self.seconds
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the prompts' tokens that the cache had."""
+        return self.counted["cached_tokens"] / max(self.counted["prompt_tokens"], 1)
+
+    @property
+    def first_tokens(self) -> list[float]:
+        """Every request's TTFT."""
+        return [answer.first_token for answer in self.answers]
+
+    @property
+    def per_tokens(self) -> list[float]:
+        """Every request's TPOT, where it has one."""
+        return [value for answer in self.answers if (value := answer.per_token) is not None]
+
+    def figures(self) -> dict[str, float]:
+        """What is reported: throughput, latencies by percentile, cache."""
+        return {
+            "output_tokens_per_second": self.throughput,
+            **percentiles("ttft", self.first_tokens),
+            **percentiles("tpot", self.per_tokens),
+            "cache_hit_rate": self.hit_rate,
+        }
+
+
+def percentiles(name: str, seconds: Iterable[float]) -> dict[str, float]:
+    """{"ttft_p50_ms": …, "ttft_p90_ms": …, "ttft_p99_ms": …}"""
+    values = list(seconds)
+    found = np.percentile(values, PERCENTILES) if values else [float("nan")] * len(PERCENTILES)
+    return {f"{name}_p{p}_ms": float(value) * 1e3 for p, value in zip(PERCENTILES, found, strict=True)}
+
+
+def play(engine: Engine, trace: Trace, *, salt: str, together: int | None = None, apart: bool = False) -> Played:
+    """Answer a trace greedily, each answer to its full length.
+
+    Cached blocks are shared among the requests of one `salt`; with `apart`, not even among these. `together` makes
+    static batches of at most so many, each waited for whole before the next; 1 answers one request at a time.
+    """
+    return _Play(engine, trace, salt, together, apart).run()
+
+
+class _Play:
+    """A trace on its way."""
+
+    def __init__(self, engine: Engine, trace: Trace, salt: str, together: int | None, apart: bool):
+        self.engine, self.trace, self.salt, self.together, self.apart = engine, trace, salt, together, apart
+        self.due = [(arrival.time, place) for place, arrival in enumerate(trace) if arrival.follows < 0]
+        heapq.heapify(self.due)
+        self.next = {arrival.follows: place for place, arrival in enumerate(trace) if arrival.follows >= 0}
+        self.texts: dict[int, tuple[int, ...]] = {}  # of the requests that have been let in, answers included
+        self.places: dict[int, int] = {}  # of the requests that are being answered, by the engine's ids
+        self.answers: dict[int, Answered] = {}
+        self.ticks: list[Tick] = []
+
+    def run(self) -> Played:
+        before, start = self.engine.stats(), time.perf_counter()
+        now = 0.0
+        while self.due or self.places:
+            self._let_in(now)
+            if self.places:
+                outputs = self.engine.step()
+                now = time.perf_counter() - start
+                self._take(outputs, now)
+            else:
+                time.sleep(max(0.0, self.due[0][0] - now))
+                now = time.perf_counter() - start
+        while self.engine.has_work:  # a step that was enqueued for nobody
+            self.engine.step()
+        ordered = [self.answers[place] for place in range(len(self.trace))]
+        return Played(ordered, self.ticks, now, differences(before, self.engine.stats()))
+
+    def _let_in(self, now: float) -> None:
+        """Hand the engine what is due; static batches only where the one before has been answered whole."""
+        if self.together is not None and self.places:
+            return
+        while self.due and self.due[0][0] <= now and (self.together is None or len(self.places) < self.together):
+            time_, place = heapq.heappop(self.due)
+            arrival = self.trace[place]
+            prompt = self.texts.get(arrival.follows, ()) + arrival.prompt
+            salt = f"{self.salt}/{place}" if self.apart else self.salt
+            request = Request(prompt=prompt, sampling=GREEDY, max_tokens=arrival.max_tokens, salt=salt)
+            self.places[self.engine.add(request)] = place
+            self.texts[place] = prompt
+            self.answers[place] = Answered(time_, 0.0, 0.0, 0, 0)
+
+    def _take(self, outputs, now: float) -> None:
+        for output in outputs:
+            place = self.places[output.id]
+            if output.error:
+                raise ValueError(output.error)
+            if output.tokens:
+                was = self.answers[place]
+                self.answers[place] = was._replace(
+                    first=was.first if was.tokens else now,
+                    last=now,
+                    tokens=was.tokens + len(output.tokens),
+                    outputs=was.outputs + 1,
+                )
+                self.texts[place] += tuple(output.tokens)
+            if output.finish is not None:
+                del self.places[output.id]
+                if place in self.next:
+                    follower = self.next[place]
+                    heapq.heappush(self.due, (now + self.trace[follower].time, follower))
+        count = sum(len(output.tokens) for output in outputs)
+        if count:
+            self.ticks.append(Tick(now, count))
+
+
+def differences(before: EngineStats, after: EngineStats) -> dict[str, int]:
+    """What an engine did between two looks at it."""
+    return {name: getattr(after, name) - getattr(before, name) for name in COUNTED}
