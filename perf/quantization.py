@@ -140,7 +140,7 @@ def seconds(engine: Engine, prompt: tuple[int, ...], count: int) -> float:
 
 
 def rescaled_on_load(model: Model) -> Model:
-    """The same function with other weights: norm scales moved into matrices, channels scaled by random factors."""
+    """The same function with other weights: channels scaled by random factors, which what follows makes up for."""
     config = model.config
     if config.norm != "rms" or not config.gated or config.kv_rank or config.num_experts:
         raise ValueError(f"{model.name}: --rescaled is written for dense gated decoders with RMSNorm, such as smollm2")
@@ -148,17 +148,16 @@ def rescaled_on_load(model: Model) -> Model:
 
 
 def rescaled(config: ModelConfig, parameters: Parameters) -> Parameters:
-    """Channels of v and o, of up and down, are scaled against each other by factors of 0.5 to 2."""
-    random = np.random.default_rng(0)
+    """Channels between norms and matrices, v and o, up and down are scaled against each other, by 0.9 to 1.1."""
+    random, offset = np.random.default_rng(0), float(config.norm_zero_centered)
 
     def factors(*shape: int):
-        return jnp.asarray(2.0 ** random.uniform(-1, 1, shape), jnp.float32)
+        return jnp.asarray(random.uniform(0.9, 1.1, shape), jnp.float32)
 
     layers = {}
     for l, layer in parameters["layers"].items():
         attention, ffn = dict(layer["attention"]), dict(layer["ffn"])
-        offset = float(config.norm_zero_centered)
-        before, middle = (layer[name]["scale"] + offset for name in ("attention_norm", "ffn_norm"))
+        before, middle = factors(config.embed_dim), factors(config.embed_dim)
         heads, channels = factors(config.num_kv_heads, config.head_dim), factors(config.ffn_dim)
         for name in "qkv":
             attention[name] = attention[name] * before[:, None, None]
@@ -167,6 +166,9 @@ def rescaled(config: ModelConfig, parameters: Parameters) -> Parameters:
         attention["o"] = attention["o"] / each[..., None]
         ffn["gate"], ffn["up"] = ffn["gate"] * middle[:, None], ffn["up"] * middle[:, None] * channels[None]
         ffn["down"] = ffn["down"] / channels[:, None]
-        ones = {"scale": jnp.full_like(before, 1 - offset)}
-        layers[l] = {**layer, "attention": attention, "ffn": ffn, "attention_norm": ones, "ffn_norm": ones}
+        norms = {
+            name: {"scale": (layer[name]["scale"] + offset) / by - offset}
+            for name, by in {"attention_norm": before, "ffn_norm": middle}.items()
+        }
+        layers[l] = {**layer, "attention": attention, "ffn": ffn, **norms}
     return {**parameters, "layers": layers}
