@@ -188,6 +188,8 @@ def constraints(form: Grammar | None, tokenizer: Tokenizer, *, count: int) -> li
         first = constraint.constrain(form, tokenizer)
     except ValueError as error:
         raise ApiError(400, str(error), code="invalid_grammar") from error
+    except TimeoutError as error:
+        raise ApiError(503, str(error), code="unavailable", Retry_After="1") from error
     return [first, *(first.copy() for _ in range(count - 1))]
 
 

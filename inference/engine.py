@@ -85,6 +85,12 @@ class Engine:
 
     def add(self, request: Request) -> int:
         """Let a request wait for its turn; ValueError where it can never be answered."""
+        foreign = [token for token, _ in request.sampling.logit_bias if token >= self.program.num_tokens]
+        if foreign:
+            raise ValueError(
+                f"sampling.logit_bias names token {foreign[0]} but the model has {self.program.num_tokens}; "
+                "leave it out"
+            )
         return self.scheduler.add(request).id
 
     def cancel(self, id: int) -> None:
@@ -351,6 +357,7 @@ class Engine:
         for row, sequence in enumerate(sequences):
             assert sequence.request.constraint is not None
             allowed = sequence.request.constraint.allowed()
+            assert sequence.slot is not None
             slots[row], bits[row, : len(allowed)] = sequence.slot, allowed
         self._slots = allow(self._slots, *self._put((slots, bits)))
 
@@ -387,14 +394,7 @@ class Engine:
         new = self.scheduler.commit(work, [int(tokens[place]) for place in places])
         self._num_generated += len(new)
         places, count = places[: len(new)], sequence.request.num_top
-        tops = (
-            [
-                [TopToken(int(t), float(p)) for t, p in zip(top[0][i][:count], top[1][i][:count], strict=True)]
-                for i in places
-            ]
-            if top and count
-            else []
-        )
+        tops = [likeliest(top, place, count) for place in places] if count else []
         self._advance_grammar(sequence, new)
         return Output(sequence.id, new, [float(logprobs[place]) for place in places], tops, sequence.finish)
 
@@ -407,6 +407,12 @@ class Engine:
             grammar.take(token)
         if grammar.has_ended:
             self.scheduler.end(sequence, "stop")
+
+
+def likeliest(top: tuple[np.ndarray, np.ndarray], place: int, count: int) -> list[TopToken]:
+    """The tokens that a request asked for, of one choice."""
+    tokens, logprobs = top[0][place, :count].tolist(), top[1][place, :count].tolist()
+    return [TopToken(token, logprob) for token, logprob in zip(tokens, logprobs, strict=True)]
 
 
 admit = jax.jit(sampling.admit, donate_argnames="slots")

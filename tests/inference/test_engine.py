@@ -289,6 +289,7 @@ def test_damaged_weights_are_one_clear_error():
     ("request_", "message"),
     [
         (row((), 3), "the prompt has 0 tokens and max_tokens=3; both must be at least 1"),
+        (row((1,), 3, logit_bias=((96, 1.0),)), "logit_bias names token 96 but the model has 96; leave it out"),
         (row((1,) * 256, 3), "the prompt is 256 tokens long but a sequence has room for 256"),
     ],
 )
