@@ -311,14 +311,14 @@ class Engine:
         """The plan as arrays; what nobody uses belongs to the slot for padding."""
         limits, num = self.scheduler.limits, shape.rows + shape.tiles
         batch = Batch(
-            tokens=np.zeros(len(shape.owners), np.int32),
-            slots=np.full(num, limits.max_rows, np.int32),
-            positions=np.zeros(num, np.int32),
-            lengths=np.zeros(num, np.int32),
-            index=np.zeros(num, np.int32),
-            chooses=np.zeros(num, bool),
+            tokens=filled(len(shape.owners), 0),
+            slots=filled(num, limits.max_rows),
+            positions=filled(num, 0),
+            lengths=filled(num, 0),
+            index=filled(num, 0),
+            chooses=filled(num, False),
             tables={
-                kind.name: np.full((num, -(-limits.max_length // limits.block_size)), NOBODY, np.int32)
+                kind.name: filled((num, -(-limits.max_length // limits.block_size)), NOBODY)
                 for kind in self.scheduler.kinds
             },
         )
@@ -407,6 +407,11 @@ class Engine:
             grammar.take(token)
         if grammar.has_ended:
             self.scheduler.end(sequence, "stop")
+
+
+def filled(shape: int | tuple[int, int], value: int | bool) -> Any:
+    """An array on the host."""
+    return np.full(shape, value, np.bool_ if isinstance(value, bool) else np.int32)
 
 
 def likeliest(top: tuple[np.ndarray, np.ndarray], place: int, count: int) -> list[TopToken]:

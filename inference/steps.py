@@ -80,19 +80,16 @@ class Shape(NamedTuple):
         )
 
 
-Either = Array | np.ndarray
-
-
 class Batch(NamedTuple):
     """What the host tells the device for one step. B counts rows and tiles; idle ones have length 0."""
 
-    tokens: Int[Either, "T"]  # -1 is what the row's slot chose last
-    slots: Int[Either, "B"]
-    positions: Int[Either, "B"]  # of the first token
-    lengths: Int[Either, "B"]
-    index: Int[Either, "B"]  # place in the answer of the token chosen after the row's first, or the tile's last
-    chooses: Bool[Either, "B"]  # whether that token counts: not in the middle of a prompt
-    tables: dict[str, Int[Either, "B M"]]  # of each kind of layer
+    tokens: Int[Array, "T"]  # -1 is what the row's slot chose last
+    slots: Int[Array, "B"]
+    positions: Int[Array, "B"]  # of the first token
+    lengths: Int[Array, "B"]
+    index: Int[Array, "B"]  # place in the answer of the token chosen after the row's first, or the tile's last
+    chooses: Bool[Array, "B"]  # whether that token counts: not in the middle of a prompt
+    tables: dict[str, Int[Array, "B M"]]  # of each kind of layer
 
 
 class Stepped(NamedTuple):
@@ -153,8 +150,8 @@ def read(
 ) -> tuple[Float[Array, "T 1 D"], Any]:
     """Compute flat tokens; -> what the model makes of each, and pools that have their keys and values."""
     owners, within = shape.owners, shape.positions_within
-    is_token = within < batch.lengths[owners]
-    queries = Queries((batch.positions[owners] + within)[:, None], is_token.astype(jnp.int32)[:, None])
+    segments = jnp.where(batch.lengths[owners] > within, 1, 0)
+    queries = Queries((batch.positions[owners] + within)[:, None], segments[:, None])
     hidden, memory = model(tokens[:, None], queries, memories(program, shape, batch, pools))
     pair = lambda paged: (paged.k, paged.v)  # noqa: E731
     return hidden, pair(memory) if isinstance(memory, Paged) else tuple(pair(paged) for paged in memory)
