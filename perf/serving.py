@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from inference import location, weights
 from inference.config import EngineConfig
@@ -63,6 +64,7 @@ class Served(NamedTuple):
 
     config: ModelConfig
     parameters: Parameters
+    mesh: Mesh
     encode: Callable[[str], list[int]] | None  # text to tokens, where the model is a real one
 
 
@@ -102,16 +104,16 @@ def serve(model: str) -> Served:
     if not model:
         config = families.smollm2_135m()
         parameters = initialize(config, mesh, RULES, key=jax.random.key(0))
-        return Served(*weights.serving_parameters(config, parameters, mesh), None)
+        return Served(*weights.serving_parameters(config, parameters, mesh), mesh, None)
     opened = weights.open_model(location.locate(model))
     config, parameters = weights.serving_parameters(opened.config, opened.load(mesh, RULES), mesh)
-    return Served(config, parameters, opened.tokenizer.encode)
+    return Served(config, parameters, mesh, opened.tokenizer.encode)
 
 
 def engine_for(served: Served, options: EngineConfig) -> Engine:
-    """An engine on this machine's devices."""
-    mesh, V = make_mesh(MeshConfig()), served.config.vocab_size
-    return Engine(served.config, served.parameters, mesh, RULES, num_tokens=V, options=options)
+    """An engine where the model's numbers are."""
+    V = served.config.vocab_size
+    return Engine(served.config, served.parameters, served.mesh, RULES, num_tokens=V, options=options)
 
 
 def ready(served: Served, bench: ServeConfig, trace: Trace, say: Say, **options: Any) -> Engine:

@@ -7,6 +7,7 @@ import pytest
 
 from inference.config import EngineConfig
 from model.config import ModelConfig
+from parallel import compilation, host_memory
 from perf import __main__ as door
 from perf import overhead, serving, serving_plot
 from perf.peer import Peer
@@ -33,9 +34,10 @@ def served():
     from parallel.config import MeshConfig
     from parallel.mesh import make_mesh
 
-    mesh = make_mesh(MeshConfig())
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])  # as on a machine that was not cut into devices
     parameters = initialize(TINY, mesh, serving.RULES, key=jax.random.key(0))
-    return serving.Served(*weights.serving_parameters(TINY, parameters, mesh), lambda text: [ord(c) % 64 for c in text])
+    encode = lambda text: [ord(c) % 64 for c in text]  # noqa: E731
+    return serving.Served(*weights.serving_parameters(TINY, parameters, mesh), mesh, encode)
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +123,8 @@ def tiny(monkeypatch, served, tmp_path):
     monkeypatch.setattr(serving, "serve", lambda model: served)
     monkeypatch.setattr(serving, "Peer", lambda _, __, ask: Peer(sys.executable, str(path), ask))
     monkeypatch.setattr(serving, "COPIED", 40)
+    for owner, name in ((compilation, "cache_compilations"), (host_memory, "keep_freed_memory")):
+        monkeypatch.setattr(owner, name, lambda: None)  # they change the process, which other tests share
     return tmp_path
 
 
