@@ -373,11 +373,9 @@ def opened(request: Request) -> "Model":
     """The model's shape and tokenizer, jax ready to compile for it."""
     from inference.weights import open_model
     from parallel.compilation import cache_compilations
-    from parallel.host_memory import keep_freed_memory
     from parallel.platforms import look_only_where_chips_are
 
     look_only_where_chips_are()
-    keep_freed_memory()
     cache_compilations()
     return open_model(request.location, dtype=request.options.dtype, scheme=request.options.weights)
 
