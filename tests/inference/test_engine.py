@@ -67,16 +67,13 @@ def test_log_probabilities_of_texts_are_the_full_forward_pass():
 
 @pytest.mark.parametrize("family", ["gemma", "mixture"])
 def test_in_one_shape_not_a_bit_depends_on_what_else_runs(family):
-    """Alone, together, from the cache, and after giving blocks back."""
+    """Alone, together, and from the cache."""
     prompts = (PROMPTS[0], PROMPTS[2], PROMPTS[1][:12], LONG[:130])
     config, rows = FAMILIES[family], [row(p, 60, temperature=i / 2, seed=i) for i, p in enumerate(prompts)]
     one = engine(config, one_shape=True)
     alone = [run(one, [each])[0] for each in rows]
-    short = engine(config, one_shape=True, cache_tokens=200, prefix_cache=False)
     assert run(one, rows) == alone
     assert one.stats().cached_tokens > 100
-    assert run(short, rows) == alone
-    assert short.stats().preemptions > 0
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma", "mistral"])
