@@ -18,12 +18,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from inference.blocks import block_names
-from inference.config import SamplingConfig
 from inference.disaggregation import WEIGHT, DisaggregationConfig, Estimate, Rates, estimate, learned
 from inference.engine import Engine, Exported
 from inference.handover import FRAME, HEAD_LIMIT, Ask, DamagedError, Head, Sealing, block_bytes, read_blocks, read_head
 from inference.prefill_door import PATH, About, parts
-from inference.request import Prompt, Request
+from inference.request import Prompt
 from inference.service import FullError, Service, TimedOutError, UnavailableError
 
 PROBE = 512  # tokens of the prompts that rates are first measured with, at most
@@ -134,7 +133,7 @@ class PrefillAway:
         if not tokens:  # no prompt has a full block, so none ever goes
             return self._rates
         started = time.monotonic()
-        await self._compute(tokens, secrets.token_hex(16))
+        await self._service.read(tokens, secrets.token_hex(16))
         here = len(tokens) / (time.monotonic() - started)
         self._rates = self._first_rates = Rates(here=here, there=here, **GUESS)
         try:
@@ -151,15 +150,6 @@ class PrefillAway:
     async def close(self) -> None:
         """End the connections."""
         await self._http.aclose()
-
-    async def _compute(self, tokens: Prompt, salt: str) -> None:
-        only = Request(prompt=tokens, sampling=SamplingConfig(temperature=0.0), max_tokens=1, salt=salt)
-        stream = self._service.submit([only])
-        try:
-            async for _ in stream:
-                pass
-        finally:
-            stream.close()
 
     async def _fetch(self, ask: Ask, *, weight: float = WEIGHT) -> None:
         """Ask, and put what comes into the cache here, a few blocks at a time."""

@@ -18,7 +18,6 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from inference.blocks import block_names
-from inference.config import SamplingConfig
 from inference.engine import Engine, Exported
 from inference.handover import (
     ASK,
@@ -33,7 +32,6 @@ from inference.handover import (
     read_ask,
     written_blocks,
 )
-from inference.request import Prompt, Request
 from inference.responses import unless_gone
 from inference.service import FullError, Service, TimedOutError, UnavailableError
 from inference.steps import over_blocks
@@ -107,7 +105,7 @@ class PrefillDoor:
             raise DamagedError(f"the prompt has {len(ask.tokens)} tokens, fewer than the {size} of a block")
         start, before = time.monotonic(), await self._known(ask)
         if before * size < len(full):
-            await self._read_prompt(full, ask.salt)
+            await self._service.read(full, ask.salt)
         seconds = time.monotonic() - start
         head = Head(
             layout=self._about.layout,
@@ -117,15 +115,6 @@ class PrefillDoor:
             seconds=seconds,
         )
         return StreamingResponse(self._frames(ask, head), media_type="application/octet-stream")
-
-    async def _read_prompt(self, prompt: Prompt, salt: str) -> None:
-        only = Request(prompt=prompt, sampling=SamplingConfig(temperature=0.0), max_tokens=1, salt=salt)
-        stream = self._service.submit([only])
-        try:
-            async for _ in stream:
-                pass
-        finally:
-            stream.close()
 
     async def _known(self, ask: Ask) -> int:
         """Blocks of the prompt that the cache has."""

@@ -20,6 +20,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
+from inference.config import SamplingConfig
 from inference.metrics import Metrics
 from inference.request import EngineStats, Output, Prompt, Request
 from inference.turnover import Turnover
@@ -232,6 +233,16 @@ class Service:
     async def logprobs(self, text: Prompt) -> list[float]:
         """log p of every token but the first."""
         return (await self.call(lambda engine: engine.logprobs([text])))[0]
+
+    async def read(self, prompt: Prompt, salt: str) -> None:
+        """Compute a prompt, so that the cache has its blocks."""
+        only = Request(prompt=prompt, sampling=SamplingConfig(temperature=0.0), max_tokens=1, salt=salt)
+        stream = self.submit([only])
+        try:
+            async for _ in stream:
+                pass
+        finally:
+            stream.close()
 
     def cancel(self, id: int) -> None:
         """Tell the engine to end a request."""

@@ -160,8 +160,8 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _bench(asked: argparse.Namespace) -> int:
-    """Measure this machine."""
+def _prepare() -> None:
+    """Make jax ready to measure this machine."""
     from parallel.compilation import cache_compilations
     from parallel.host_memory import keep_freed_memory
     from parallel.platforms import look_only_where_chips_are
@@ -169,6 +169,11 @@ def _bench(asked: argparse.Namespace) -> int:
     look_only_where_chips_are()
     keep_freed_memory()
     cache_compilations()
+
+
+def _bench(asked: argparse.Namespace) -> int:
+    """Measure this machine."""
+    _prepare()
     if asked.kind == "serve":
         return _serve(asked)
     from perf.bench import BenchConfig, run
@@ -198,13 +203,7 @@ def _soak(asked: argparse.Namespace) -> int:
 
 def _quantize(asked: argparse.Namespace) -> int:
     """Compare a model with itself in fewer bits."""
-    from parallel.compilation import cache_compilations
-    from parallel.host_memory import keep_freed_memory
-    from parallel.platforms import look_only_where_chips_are
-
-    look_only_where_chips_are()
-    keep_freed_memory()
-    cache_compilations()
+    _prepare()
     from perf.quantization import QuantizationConfig, run
     from perf.tables import quantization_lines
 

@@ -81,14 +81,20 @@ def run(engine: Engine, rows) -> list[tuple[list[int], list[float]]]:
     return answers
 
 
-def full_logprobs(config: ModelConfig, tokens) -> np.ndarray:
-    """log p of every token of the vocabulary after every token: the whole text at once, no cache."""
+@functools.cache
+def forward(config: ModelConfig):
+    """log p of every token of the vocabulary after every token of some texts: whole texts at once, no cache."""
 
     @jax.jit
-    def forward(parameters, tokens):
+    def run(parameters, tokens):
         queries = Queries(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], jnp.ones_like(tokens))
         model = decoder(config, parameters)
         hidden, _ = model(tokens, queries, Packed())
         return jax.nn.log_softmax(model.logits(hidden), axis=-1)
 
-    return np.asarray(forward(parameters(config), jnp.asarray([tokens], jnp.int32)))[0]
+    return run
+
+
+def full_logprobs(config: ModelConfig, tokens) -> np.ndarray:
+    """The same of one text."""
+    return np.asarray(forward(config)(parameters(config), jnp.asarray([tokens], jnp.int32)))[0]

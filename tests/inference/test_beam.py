@@ -1,19 +1,14 @@
 """Beam search over the engine is that over whole texts without a cache; beams share blocks and leave none behind."""
 
 import dataclasses
-import functools
 import itertools
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from inference.beam import Beam, Candidate, parted, search
 from inference.config import BeamConfig
-from model.memory import Packed, Queries
-from model.parameters import decoder
-from tests.inference.small import GEMMA, LLAMA, V, engine, parameters, row
+from tests.inference.small import GEMMA, LLAMA, V, engine, full_logprobs, row
 
 PROMPT = tuple(np.random.default_rng(3).integers(0, V, 13).tolist())
 ENDS = (4, 17, 30, 41, 55, 60, 71, 88)
@@ -21,24 +16,9 @@ STACKED = dataclasses.replace(GEMMA, scan_layers=True)
 CLOSE = {"atol": 5e-5, "rtol": 1e-5}
 
 
-@functools.cache
-def forward(config):
-    """log p of every token after every token of a text: no cache, one program for all of 64 tokens."""
-
-    @jax.jit
-    def run(parameters, tokens):
-        queries = Queries(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], jnp.ones_like(tokens))
-        model = decoder(config, parameters)
-        hidden, _ = model(tokens, queries, Packed())
-        return jax.nn.log_softmax(model.logits(hidden), axis=-1)
-
-    return run
-
-
 def next_logprobs(config, tokens) -> np.ndarray:
-    """log p of what comes after the tokens."""
-    padded = jnp.asarray([[*tokens, *[0] * (64 - len(tokens))]], jnp.int32)
-    return np.asarray(forward(config)(parameters(config), padded))[0, len(tokens) - 1]
+    """log p of what comes after the tokens: as of 64 tokens, so that one program serves all."""
+    return full_logprobs(config, [*tokens, *[0] * (64 - len(tokens))])[len(tokens) - 1]
 
 
 def slow_search(config, prompt, beam: BeamConfig, *, max_tokens, end_ids) -> list[tuple[tuple[int, ...], float]]:

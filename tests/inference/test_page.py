@@ -9,7 +9,7 @@ import pytest
 from tests.inference.fake_engine import FakeEngine
 from tests.inference.serving import serving
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser; uv sync --group serving")
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser; uv sync")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed here")
 

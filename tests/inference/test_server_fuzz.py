@@ -6,7 +6,7 @@ import pytest
 from tests.inference.fake_engine import FakeEngine
 from tests.inference.serving import serving
 
-schemathesis = pytest.importorskip("schemathesis", reason="schemathesis makes up requests; uv sync --group serving")
+schemathesis = pytest.importorskip("schemathesis", reason="schemathesis makes up requests; uv sync")
 hypothesis = pytest.importorskip("hypothesis")
 
 POSTED = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings")
