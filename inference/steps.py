@@ -5,7 +5,6 @@ their place in the same buffers.
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +22,7 @@ from model.memory import BLOCK_NAMES, Packed, Paged, Queries, empty_blocks
 from model.parameters import Parameters, decoder
 from ops.ragged import Blocks, Groups, Ragged
 from parallel.config import AxisRules
-from parallel.sharding import Names, axes_of, place, spec, use
+from parallel.sharding import Names, fitting, place, use
 
 TILE = 32  # Q, tokens of one prompt that stand together
 SCORED_AT_ONCE = 128  # positions whose logits exist at once, over all rows
@@ -131,10 +130,7 @@ def pool_shardings(program: Program, shapes: Any) -> Any:
 
 def on_mesh(program: Program, names: Names, shape: tuple[int, ...]) -> NamedSharding:
     """Where an array lies between two steps: written as XLA writes it, so that no step is compiled twice for it."""
-    bound = list(spec(names, program.rules, program.mesh)) if program.mesh.size > 1 else []
-    for dim, axes in enumerate(bound):
-        if shape[dim] % math.prod(program.mesh.shape[axis] for axis in axes_of(axes)):
-            bound[dim] = None
+    bound = list(fitting(names, shape, program.mesh, program.rules).spec) if program.mesh.size > 1 else []
     while bound and bound[-1] is None:
         bound.pop()
     return NamedSharding(program.mesh, P(*bound))
