@@ -91,11 +91,11 @@ def start(config: RayConfig) -> tuple[Any, Any]:
     from inference.weights import open_model, serving_parameters
     from parallel.compilation import cache_compilations
     from parallel.mesh import make_mesh
-    from parallel.platforms import look_only_where_chips_are
+    from parallel.platforms import cut_cpu, look_only_where_chips_are
 
     look_only_where_chips_are()
     if config.devices:
-        jax.config.update("jax_num_cpu_devices", config.devices)
+        cut_cpu(config.devices)
     cache_compilations()
     model, rules = open_model(locate(config.model), dtype=config.dtype), AxisRules()
     sizes = config.mesh.axes.values()

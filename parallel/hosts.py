@@ -25,6 +25,7 @@ import jax
 from jax._src import distributed  # the client of the service has no public name
 
 from parallel.config import HostsConfig
+from parallel.platforms import cut_cpu
 
 ROOM = "meshlight"  # every key of ours begins so
 FOR_EVER = 2**31 - 1  # milliseconds: whoever waits for a lost process is ended by the watch
@@ -120,7 +121,7 @@ def joined(config: HostsConfig) -> Iterator[None]:
     global _watch
     config = config.with_environment(os.environ)
     if config.devices:
-        jax.config.update("jax_num_cpu_devices", config.devices)
+        cut_cpu(config.devices)
     if not _connect(config) or count() == 1:
         yield
         return

@@ -297,9 +297,9 @@ def _shardings(asked: argparse.Namespace) -> int:
     num_devices = topology.num_devices if topology else asked.devices
     run = run.on(num_devices)
     if not asked.topology:  # any devices will do where nothing is compiled
-        import jax
+        from parallel.platforms import cut_cpu
 
-        jax.config.update("jax_num_cpu_devices", num_devices)
+        cut_cpu(num_devices)
     _ready(asked)
     from parallel.mesh import make_mesh, mesh_sizes
     from parallel.topology import topology_devices
