@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.memory import Dense, Packed, Queries, Rule, dense_cache, dense_grown, dense_rows
+from model.memory import Dense, Packed, Queries, Rule, dense_cache
 from tests.model.test_decoder import PLAIN
 
 B, T, N, K, H, S = 2, 6, 4, 2, 8, 9
@@ -67,13 +67,3 @@ def test_caches_are_empty_and_as_the_layers_are():
     assert [layer.v.shape for layer in apart] == [(B, K, S, H)] * 3
     assert {leaf.dtype for leaf in jax.tree.leaves(apart)} == {jnp.dtype("bfloat16")}
     assert all((leaf == 0).all() for leaf in jax.tree.leaves((stacked, apart)))
-
-
-def test_rows_are_chosen_and_slots_added():
-    for memory in (rubbish(), (rubbish(), rubbish())):
-        chosen = dense_rows(memory, jnp.asarray([1, 1, 0], jnp.int32))
-        grown = dense_grown(memory, S + 2)
-        for old, rows, more in zip(*map(jax.tree.leaves, (memory, chosen, grown)), strict=True):
-            np.testing.assert_array_equal(rows, np.asarray(old)[[1, 1, 0]])
-            np.testing.assert_array_equal(more[:, :, :S], old)
-            assert (more[:, :, S:] == 0).all()
