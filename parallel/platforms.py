@@ -27,8 +27,8 @@ def cut_cpu(num_devices: int) -> None:
 
     A device waits in a thread for each collective that it has come to, of several at once where they don't depend on
     each other. XLA makes as many threads as there are cores or devices; where all wait, the device that they wait for
-    has none: of ten runs of tests/training/test_meshes.py on two cores five stood still for ever, with more threads none of
-    eight. What the user said by NPROC stands.
+    has none: of ten runs of tests/training/test_meshes.py on two cores five stood still for ever, with more threads
+    none of eight. What the user said by NPROC stands.
     """
     import jax
 
