@@ -17,7 +17,7 @@ from model import parameters
 from model.config import ModelConfig, with_kernels
 from model.memory import GatheredKV, Memory, Packed, Queries, Ring
 from model.moe import updated_bias, utilisation
-from parallel.chips import require_fp8
+from parallel.peak import require_fp8
 from parallel.compilation import CPU_OPTIONS
 from parallel.config import AxisRules, ExecutionConfig
 from parallel.ring_attention import zigzag
