@@ -5,15 +5,18 @@ Conventions, one for the whole house:
 - A query's attention counts the keys that it may see, its own included: a causal sequence of T tokens costs
   T (T + 1) / 2 pairs, half of the full square, whatever a kernel computes beyond that; a window layer at most `window`
   keys a query.
-- Training is three times the forward (arXiv:2001.08361, section 2.1). What remat computes again is not counted, so
-  that these are the model's FLOPs of MFU (arXiv:2204.02311, appendix B), not the hardware's.
+- Training is three times the forward (arXiv:2001.08361, section 2.1). What is computed again is not counted, so that
+  these are the model's FLOPs of MFU (arXiv:2204.02311, appendix B); `recomputed_flops` are what the hardware does
+  besides: what the remat policy asks for, logits in the backward kernel of attention, hidden values of experts.
 - A token goes through A of E experts, the shared ones and the router; only these count in FLOPs.
 - Bytes of a decode step: every parameter that the step multiplies by is read once, however large the batch, of experts
   as many as its tokens can choose, at most A a sequence; every visible key and value is read once a sequence, and one
   of each is written. Activations are left out.
 """
 
-from model.config import ModelConfig
+from collections import Counter
+
+from model.config import KEPT, ModelConfig
 
 
 def num_parameters(config: ModelConfig) -> int:
@@ -111,6 +114,75 @@ def forward_flops(config: ModelConfig, new: int, past: int = 0, *, logits: int) 
 def train_flops(config: ModelConfig, seq_len: int) -> float:
     """FLOPs a token of a training step on sequences of `seq_len` tokens, forward and backward."""
     return 3 * forward_flops(config, seq_len, logits=seq_len) / seq_len
+
+
+def layer_products(config: ModelConfig, keys: float | int, *, dense: bool) -> dict[str, float]:
+    """FLOPs of each product of one layer's forward, a token, whose query sees `keys` keys on average."""
+    D, E, A = config.embed_dim, config.num_experts, config.experts_per_token
+    products = {name: 2.0 * size for name, size in _projections(config).items()}
+    products["scores"] = 2 * keys * config.num_heads * config.head_dim
+    products["mix"] = 2 * keys * config.num_heads * (config.value_dim or config.head_dim)
+    halves = ("gate", "up", "down") if config.gated else ("up", "down")
+    if dense:
+        return products | {f"ffn_{half}": 2.0 * D * config.ffn_dim for half in halves}
+    products |= {"router": 2.0 * D * E, **{f"expert_{half}": 2.0 * D * A * config.expert_ffn_dim for half in halves}}
+    shared = {f"ffn_{half}": 2.0 * D * config.shared_ffn_dim for half in halves} if config.shared_ffn_dim else {}
+    return products | shared
+
+
+def _projections(config: ModelConfig) -> dict[str, int]:
+    """Sizes of attention's matrices."""
+    D, N, K, H, R = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim, config.kv_rank
+    W, turning = config.value_dim or H, config.rope_dim
+    if not R:
+        return {"query": D * N * H, "key": D * K * H, "value": D * K * H, "attention_out": N * H * D}
+    down = {"query_down": D * config.q_rank} if config.q_rank else {}
+    return down | {
+        "query": (config.q_rank or D) * N * H, "key_value_down": D * R, "key_rope": D * turning,
+        "key": R * N * (H - turning), "value": R * N * W, "attention_out": N * W * D,
+    }  # fmt: skip
+
+
+def recomputed_products(config: ModelConfig, *, dense: bool) -> Counter[str]:
+    """How often backward runs each product of a layer's forward again, under `config.remat` and its kernels.
+
+    A product runs again where backward needs its result, or what only its result leads to, and neither is kept.
+    """
+    flash, again = config.kernel == "pallas", Counter[str]()
+    again["scores"] += flash  # the backward kernel has the log-sum-exp, and makes logits anew
+    if not dense:
+        again.update(("expert_gate", "expert_up"))  # model/experts.py keeps their input alone
+    if config.remat == "none":
+        return again
+    kept = {*KEPT[config.remat], *config.remat_save, *config.remat_offload}
+    if not (flash and {"attention_out", "attention_lse"} <= kept):
+        again.update(("scores", "mix"))  # plain attention keeps its weights, which have no name
+    if not dense and config.post_norms:
+        again.update(("expert_gate", "expert_up", "expert_down"))
+    if config.remat == "dots":  # everything that follows is a product without batch dims
+        return again
+    lost = {"query", "key", "value", "ffn_gate", "ffn_up"} - kept
+    if config.qk_norm:
+        lost |= {"query", "key"}  # the norm stands between the product and the name
+    if config.kv_rank:
+        lost |= {"query_down", "key_value_down"} | ({"key_rope"} if "key" in lost else set())
+    if "middle" not in kept or config.post_norms:
+        lost.add("attention_out")
+    if config.post_norms:
+        lost.add("ffn_down")
+    again.update(lost & layer_products(config, 0, dense=dense).keys() | (set() if dense else {"router"}))
+    return again
+
+
+def recomputed_flops(config: ModelConfig, seq_len: int) -> float:
+    """FLOPs a token of a training step besides `train_flops`: all that is computed more than once."""
+    total = 0.0
+    for layer, kind in enumerate(config.layer_kinds):
+        dense = not config.num_experts or layer < config.num_dense_layers
+        keys = _pairs(seq_len, 0, config.window if kind == "window" else None) / seq_len
+        products = layer_products(config, keys, dense=dense)
+        total += sum(products[name] * times for name, times in recomputed_products(config, dense=dense).items())
+    return total
 
 
 def prefill_flops(config: ModelConfig, length: int) -> int:
