@@ -215,3 +215,40 @@ def _cache_numbers(config: ModelConfig, past: int) -> int:
 def cache_bytes_per_token(config: ModelConfig, *, cache_bytes: int) -> int:
     """Bytes of the keys and values of one token, over all layers."""
     return 2 * config.num_kv_heads * config.head_dim * config.num_layers * cache_bytes
+
+
+def cache_bytes(
+    config: ModelConfig, length: int, *, number_bytes: float | int, rolling: bool, latent: bool
+) -> float | int:
+    """Bytes of a sequence's keys and values. Our memories hold all tokens of all layers, and full heads of MLA.
+
+    Other stacks may be `rolling`, so that a window layer holds its window alone, and hold the `latent` of MLA and what
+    turns with the position, which all heads share.
+    """
+    numbers = 2 * config.num_kv_heads * config.head_dim
+    if latent and config.kv_rank:
+        numbers = config.kv_rank + config.rope_dim
+    window = min(length, config.window or length) if rolling else length
+    tokens = sum(window if kind == "window" else length for kind in config.layer_kinds)
+    return number_bytes * numbers * tokens
+
+
+def kept_bytes(config: ModelConfig, *, dense: bool, number_bytes: int) -> int:
+    """Bytes that one layer keeps for its backward pass, a token, where `config.remat` keeps by name.
+
+    The layer's input, and what is named; the log-sum-exp is float32 and attention's kernel alone has it. ValueError for
+    `dots` and `none`, which keep whatever XLA finds that it needs.
+    """
+    if config.remat in ("dots", "none"):
+        raise ValueError(
+            f"remat={config.remat} keeps results that have no name; minimal, attention and full are counted"
+        )
+    N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
+    F = config.ffn_dim if dense else config.shared_ffn_dim
+    widths = {
+        "query": N * H, "key": K * H, "value": K * H, "attention_out": N * H, "middle": config.embed_dim,
+        "ffn_gate": F * config.gated, "ffn_up": F,
+    }  # fmt: skip
+    kept = {*KEPT[config.remat], *config.remat_save} - set(config.remat_offload)
+    lse = 4 * N if config.kernel == "pallas" and "attention_lse" in kept else 0
+    return number_bytes * (config.embed_dim + sum(width for name, width in widths.items() if name in kept)) + lse

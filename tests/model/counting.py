@@ -8,8 +8,9 @@ from jax._src.interpreters import partial_eval
 def product_flops(closed) -> int:
     """Two a multiply-add, loops unrolled, after dead code is gone (as XLA sees it).
 
-    A product has free dims on both sides: sums that only reduce (a row times itself) are vector work. Of a
-    `platform_dependent` grouped product the ragged one counts; each of its rows meets one matrix.
+    A product sums, and has free dims on both sides: a row times itself, and outer products without a sum (of the
+    statistic that balances experts), are vector work. Of a `platform_dependent` grouped product the ragged one counts,
+    of which each row meets one matrix.
     """
     jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
     return _flops(jaxpr)
@@ -33,7 +34,7 @@ def _of(eqn) -> int:
     if name == "cond":
         branches = [_flops(branch.jaxpr) for branch in params["branches"] if not _has(branch.jaxpr, "while")]
         return max(branches)
-    inside = [_flops(inner) for inner in _inner(params)]
+    inside = [_flops(inner) for inner in inner_jaxprs(params)]
     if name == "while":
         assert not any(inside), "a product in a loop of unknown length"
     return sum(inside)
@@ -45,17 +46,19 @@ def _dot(eqn) -> int:
     )  # fmt: skip
     free = [len(shape) - len(batch) - len(contracted) for shape in (left, right)]
     (result,) = eqn.outvars
-    return 2 * math.prod(result.aval.shape) * math.prod(left[dim] for dim in contracted) if all(free) else 0
+    return (
+        2 * math.prod(result.aval.shape) * math.prod(left[dim] for dim in contracted) if contracted and all(free) else 0
+    )
 
 
 def _has(jaxpr, primitive: str) -> bool:
     return any(
-        eqn.primitive.name == primitive or any(_has(inner, primitive) for inner in _inner(eqn.params))
+        eqn.primitive.name == primitive or any(_has(inner, primitive) for inner in inner_jaxprs(eqn.params))
         for eqn in jaxpr.eqns
     )
 
 
-def _inner(params):
+def inner_jaxprs(params):
     """Jaxprs among the parameters of an equation."""
     for value in params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):

@@ -8,10 +8,12 @@ What the program does that the convention leaves out, each exactly accounted for
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax._src.interpreters import partial_eval
 
 from data.packing import Batch
 from model import cost, parameters
@@ -20,7 +22,7 @@ from model.families import PUBLISHED
 from model.memory import Packed, Queries
 from parallel.config import AxisRules, MeshConfig
 from parallel.mesh import make_mesh
-from tests.model.counting import product_flops
+from tests.model.counting import inner_jaxprs, product_flops
 from training.config import OptimConfig, TrainConfig
 from training.state import abstract_state
 from training.step import make_steps
@@ -123,3 +125,27 @@ def test_a_step_is_the_real_one(name, remat):
     """Forward, twice it backward, and what the policy computes again."""
     config = dataclasses.replace(FAMILIES[name], remat=remat)
     assert step_flops(config) == pytest.approx(expected_step(config), rel=1e-12)
+
+
+def kept_numbers(jaxpr, num_layers: int) -> int:
+    """Numbers of [B, T, ...] that the first loop over layers stacks for the loop back."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "scan" and eqn.params["length"] == num_layers:
+            stacked = [var.aval.shape[1:] for var in eqn.outvars[eqn.params["num_carry"] :]]
+            return sum(math.prod(shape) for shape in stacked if shape[:2] == (B, T))
+        for inner in inner_jaxprs(eqn.params):
+            if found := kept_numbers(inner, num_layers):
+                return found
+    return 0
+
+
+@pytest.mark.parametrize("remat", ["minimal", "attention", "full"])
+@pytest.mark.parametrize("name", ["llama2_7b", "gpt2"])
+def test_a_layer_keeps_what_the_real_one_stacks(name, remat):
+    config = dataclasses.replace(FAMILIES[name], remat=remat, num_layers=5)
+    steps = make_steps(config, OPTIM, TRAIN, make_mesh(MeshConfig(), jax.devices()[:1]), AxisRules())
+    state, batch = abstract_state(config, steps.optimizer, ema=False), Batch(INTS, INTS, FLOATS, INTS, INTS)
+    traced = jax.make_jaxpr(steps.train)(state, batch)
+    jaxpr, _ = partial_eval.dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars), instantiate=True)
+    numbers = kept_numbers(jaxpr, 5)
+    assert numbers == B * T * cost.kept_bytes(config, dense=True, number_bytes=1)
