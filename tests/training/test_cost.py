@@ -7,8 +7,8 @@ What the program does that the convention leaves out, each exactly accounted for
 """
 
 import dataclasses
-import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,8 @@ from training.step import make_steps
 B, T = 2, 24
 SMALL = {"vocab_size": 40, "embed_dim": 12, "head_dim": 6, "ffn_dim": 20, "max_length": 32}
 OPTIM, TRAIN = OptimConfig(), TrainConfig(steps=10, batch_size=B, seq_len=T, loss_chunk=8)
-INTS, FLOATS = (jax.ShapeDtypeStruct((B, T), dtype) for dtype in (jnp.int32, jnp.float32))
+INTS: Any = jax.ShapeDtypeStruct((B, T), jnp.int32)
+FLOATS: Any = jax.ShapeDtypeStruct((B, T), jnp.float32)
 
 
 def small(name: str) -> ModelConfig:
@@ -101,14 +102,11 @@ def test_forward_is_the_real_ones(name):
     assert counted == B * T * expected
 
 
-@functools.cache
-def step_flops(config: ModelConfig) -> int:
-    """Of one real training step, optimizer and all, on one device."""
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    steps = make_steps(config, OPTIM, TRAIN, mesh, AxisRules())
+def traced_step(config: ModelConfig):
+    """The jaxpr of one real training step, optimizer and all, on one device."""
+    steps = make_steps(config, OPTIM, TRAIN, make_mesh(MeshConfig(), jax.devices()[:1]), AxisRules())
     state = abstract_state(config, steps.optimizer, ema=False)
-    batch = Batch(INTS, INTS, FLOATS, INTS, INTS)
-    return product_flops(jax.make_jaxpr(steps.train)(state, batch))
+    return jax.make_jaxpr(steps.train)(state, Batch(INTS, INTS, FLOATS, INTS, INTS))
 
 
 def expected_step(config: ModelConfig) -> float:
@@ -124,7 +122,7 @@ def expected_step(config: ModelConfig) -> float:
 def test_a_step_is_the_real_one(name, remat):
     """Forward, twice it backward, and what the policy computes again."""
     config = dataclasses.replace(FAMILIES[name], remat=remat)
-    assert step_flops(config) == pytest.approx(expected_step(config), rel=1e-12)
+    assert product_flops(traced_step(config)) == pytest.approx(expected_step(config), rel=1e-12)
 
 
 def kept_numbers(jaxpr, num_layers: int) -> int:
@@ -143,9 +141,7 @@ def kept_numbers(jaxpr, num_layers: int) -> int:
 @pytest.mark.parametrize("name", ["llama2_7b", "gpt2"])
 def test_a_layer_keeps_what_the_real_one_stacks(name, remat):
     config = dataclasses.replace(FAMILIES[name], remat=remat, num_layers=5)
-    steps = make_steps(config, OPTIM, TRAIN, make_mesh(MeshConfig(), jax.devices()[:1]), AxisRules())
-    state, batch = abstract_state(config, steps.optimizer, ema=False), Batch(INTS, INTS, FLOATS, INTS, INTS)
-    traced = jax.make_jaxpr(steps.train)(state, batch)
+    traced = traced_step(config)
     jaxpr, _ = partial_eval.dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars), instantiate=True)
     numbers = kept_numbers(jaxpr, 5)
     assert numbers == B * T * cost.kept_bytes(config, dense=True, number_bytes=1)
