@@ -10,11 +10,15 @@ import re
 
 from data.config import DataConfig
 from model.config import ModelConfig
+from parallel.chips import CHIPS, Chip
 from parallel.config import AxisRules, ExecutionConfig, HostsConfig, MeshConfig
 from parallel.records import nearest
 from parallel.topology import find
+from perf.candidates import Candidate, Precision, Step, divisors, training_meshes
+from perf.plan import Question, quickest
 from training.config import OptimConfig, TrainConfig
 
+UNKNOWN_VOCABULARY = 32_768  # entries of a tokenizer that is not opened to plan a run
 EXPERTS_APART = 8  # devices that experts are spread over by mesh=auto: tokens of a round go to that many
 
 
@@ -51,9 +55,12 @@ class RunConfig:
         check_splits(self, sizes)
         check_used(self, sizes)
 
-    def on(self, num_devices: int) -> "RunConfig":
-        """The run for so many devices, its mesh picked where it is `auto`; raises ValueError as check_devices does."""
-        run = dataclasses.replace(self, mesh=picked_mesh(self, num_devices)) if self.mesh.auto else self
+    def on(self, num_devices: int, kind: str = "") -> "RunConfig":
+        """The run for so many devices, its mesh picked where it is `auto`; raises ValueError as check_devices does.
+
+        `kind` is what jax calls the devices (`device_kind`); where it is a known chip, the planner picks.
+        """
+        run = dataclasses.replace(self, mesh=picked_mesh(self, num_devices, kind)) if self.mesh.auto else self
         run.check_devices(num_devices)
         return run
 
@@ -218,7 +225,17 @@ def check_meeting(rules: AxisRules, sizes: dict[str, int]) -> None:
         )
 
 
-def picked_mesh(run: RunConfig, num_devices: int) -> MeshConfig:
+# mesh=auto ------------------------------------------------------------------------------------------------------------
+
+
+def picked_mesh(run: RunConfig, num_devices: int, kind: str = "") -> MeshConfig:
+    """The mesh that the planner finds quickest on chips that it knows, else the simplest one that divides the run."""
+    simple = simplest_mesh(run, num_devices)
+    chip = next((chip for chip in CHIPS if kind in chip.kinds), None)
+    return simple if chip is None or num_devices == 1 else planned_mesh(run, num_devices, chip)
+
+
+def simplest_mesh(run: RunConfig, num_devices: int) -> MeshConfig:
     """A mesh that divides the run: experts apart, fully sharded data, and as little tensor and context as will do.
 
     Weights travel least where tokens stay; tensor and context come in where the batch has no more sequences to split.
@@ -243,6 +260,67 @@ def picked_mesh(run: RunConfig, num_devices: int) -> MeshConfig:
     )
 
 
-def divisors(number: int) -> list[int]:
-    """Every divisor, smallest first; of 0, which means none of them, only 1."""
-    return [size for size in range(1, max(number, 1) + 1) if max(number, 1) % size == 0]
+def planned_mesh(run: RunConfig, num_devices: int, chip: Chip) -> MeshConfig:
+    """Of all meshes that divide the run as it is, the one whose step takes the least time by perf/plan.py."""
+    precision = own_precision(run, "train")
+    base = Candidate(
+        mesh=MeshConfig(data=1),
+        batch=run.train.batch_size,
+        accumulate=run.train.accumulate,
+        microbatches=run.execution.microbatches,
+        repeats=run.execution.repeats,
+        remat=run.model.remat,
+        precision=precision,
+    )
+    model = with_usual_vocabulary(run.model, run.data)
+    question = Question(
+        step="train",
+        model=model,
+        optim=run.optim,
+        train=run.train,
+        chip=chip,
+        chips=(max(num_devices // chip.devices_per_chip, 1),),
+        length=run.train.seq_len,
+        precisions=(precision,),
+    )
+
+    def check(candidate: Candidate) -> None:
+        dataclasses.replace(run, mesh=candidate.mesh).check_devices(candidate.devices)
+
+    return quickest(question, training_meshes(model, base, num_devices, check).allowed).mesh
+
+
+def applied(run: RunConfig, candidate: Candidate) -> RunConfig:
+    """The run in the way that a candidate says."""
+    compute = candidate.precision.compute
+    execution = dataclasses.replace(run.execution, microbatches=candidate.microbatches, repeats=candidate.repeats)
+    if candidate.mesh.pipe == 1:
+        execution = dataclasses.replace(execution, pipeline="circular")
+    return dataclasses.replace(
+        run,
+        model=dataclasses.replace(
+            run.model,
+            remat=candidate.remat,
+            compute_dtype="float32" if compute == "fp32" else "bfloat16",
+            matmul=compute if compute in ("int8", "fp8") else "float",
+        ),
+        mesh=candidate.mesh,
+        execution=execution,
+        train=dataclasses.replace(run.train, batch_size=candidate.batch, accumulate=candidate.accumulate),
+    )
+
+
+def own_precision(run: RunConfig, step: Step) -> Precision:
+    """The numbers that a run asks for: parameters are float32 in training, and in serving what they multiply in."""
+    number = "fp32" if run.model.compute_dtype == "float32" else "bf16"
+    if step == "train":
+        return Precision("fp32", run.model.matmul if run.model.matmul != "float" else number, number)
+    return Precision(number, number, number)
+
+
+def with_usual_vocabulary(model: ModelConfig, data: DataConfig) -> ModelConfig:
+    """The model with the vocabulary that its tokenizer will have, as near as can be said without opening it."""
+    if model.vocab_size:
+        return model
+    size = {"byte": 258, "char": 128, "bpe": data.bpe_vocab}.get(data.tokenizer, UNKNOWN_VOCABULARY)
+    return dataclasses.replace(model, vocab_size=-(-size // 64) * 64)

@@ -1,0 +1,370 @@
+"""The best ways to run a step on some chips: every mesh, batch, remat and precision that divides and fits, ranked.
+
+    search(question, check)  ->  Answer(plans=[Plan(candidate=…, prediction=…, hbm_bytes=…, cost=…), …], …)
+
+Arithmetic alone: no device is looked at and nothing is compiled. Which meshes divide a model is the caller's `check`.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal, NamedTuple
+
+from model import cost
+from model.config import ModelConfig, RematKind
+from parallel.chips import Chip
+from parallel.config import MeshConfig
+from perf import candidates, machine
+from perf.candidates import REMATS, Candidate, Check, Meshes, Precision, Step
+from perf.predict import Prediction, predict
+from perf.work import BYTES
+from training.config import OptimConfig, TrainConfig
+
+MILLION = 1_000_000
+ELSEWHERE = 24  # of the best plans, whose meshes are tried in other numbers, too
+BATCH_TOKENS = 2**24  # of the largest batch that is tried unasked: arXiv:2407.21783, section 3.4.1, has 16M
+DEVICE_TOKENS = 2**16  # of it on one device
+BATCHES_TRIED = 4  # unasked, from that one down by halves
+ROWS = 1024  # sequences of a serving replica, at most
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Question:
+    """What is asked."""
+
+    step: Step
+    model: ModelConfig  # with its vocabulary
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig  # how the loss is made; batch and length are below
+    chip: Chip
+    chips: tuple[int, ...]  # numbers of chips that are tried
+    slices: int = 0  # that each number comes in; 0: as few as will do
+    batches: tuple[int, ...] = ()  # B over all devices; () tries powers of two
+    length: int  # T, tokens of a sequence (train), of a prompt (prefill, serve), in the cache (decode)
+    output: int = 0  # tokens of an answer (serve)
+    remats: tuple[RematKind, ...] = REMATS
+    precisions: tuple[Precision, ...]  # that the plans are in
+    others: tuple[Precision, ...] = ()  # told beside them
+    tokens: float = 0.0  # of the whole run; 0: cost is of a million
+    by: Literal["time", "cost"] = "time"
+    top: int = 10
+
+
+class Plan(NamedTuple):
+    """One way that divides and fits. Bytes are of one device."""
+
+    candidate: Candidate
+    chips: int
+    prediction: Prediction  # of the step; serve: of a token of every sequence, with its share of the prompts
+    tokens: int  # that a step computes (train, prefill) or makes (decode, serve), over all devices
+    memory: dict[str, int]  # by kind
+    cost: float | None  # US$ of the run, else of a million tokens; None where the chip has no price
+    first_token: float | None = None  # seconds that a prompt takes alone (serve)
+
+    @property
+    def seconds(self) -> float:
+        """Of a step."""
+        return self.prediction.seconds
+
+    @property
+    def hbm_bytes(self) -> int:
+        """At the peak."""
+        return sum(self.memory.values())
+
+    @property
+    def tokens_per_second_per_chip(self) -> float:
+        """Of a run that only does such steps."""
+        return self.tokens / self.seconds / self.chips
+
+
+class Answer(NamedTuple):
+    """What a search found."""
+
+    question: Question
+    plans: list[Plan]  # the best of each mesh, batch and precision, the best first; at most `top`
+    front: list[Plan]  # serving: those that no other beats in latency, throughput and cost together, the quickest first
+    others: list[Plan]  # the best in each other precision
+    tried: int  # meshes and batches that the model divides
+    fitting: int  # of them
+
+
+# Searching ------------------------------------------------------------------------------------------------------------
+
+
+def search(question: Question, check: Check) -> Answer:
+    """The best plans; ValueError, with what would do, where there is none."""
+    found: list[Plan] = []
+    refused: list[str] = []
+    tried = fitting = 0
+    for chips in question.chips:
+        for meshes in _meshes(question, chips, check):
+            refused += meshes.refused
+            for candidate in meshes.allowed:
+                plans = [_plan(question, one, chips) for one in _fitting(question, candidate)]
+                tried, fitting = tried + 1, fitting + bool(plans)
+                found += plans
+    if not found:
+        raise ValueError(_nothing(question, check, refused if not tried else []))
+    ranked = sorted(found, key=lambda plan: _rank(plan, question))
+    best = list(_best_of(ranked, lambda plan: (plan.chips, plan.candidate.mesh, plan.candidate.batch, plan.candidate.precision)))
+    others = _elsewhere(question, best[:ELSEWHERE])
+    front = [] if question.step == "train" else pareto(best)
+    return Answer(question, best[: question.top], front, others, tried, fitting)
+
+
+def _rank(plan: Plan, question: Question) -> tuple:
+    """The less the better; what is equal goes by simplicity, so that every process and every day agree."""
+    seconds = plan.seconds / plan.tokens
+    price = seconds * plan.chips
+    sizes = plan.candidate.mesh.axes
+    simple = (sum(size > 1 for size in sizes.values()), plan.hbm_bytes, tuple(sizes.values()))
+    first = (seconds, price) if question.by == "time" else (price, seconds)
+    return (*(float(f"{value:.6g}") for value in first), *simple)
+
+
+def _best_of(ranked: Iterable[Plan], key) -> Iterator[Plan]:
+    """The first of each kind."""
+    seen = set()
+    for plan in ranked:
+        if key(plan) not in seen:
+            seen.add(key(plan))
+            yield plan
+
+
+def _meshes(question: Question, chips: int, check: Check) -> Iterator[Meshes]:
+    """Meshes that the model divides, with each batch."""
+    devices = chips * question.chip.devices_per_chip
+    num_slices = slices_of(question, chips)
+    for precision in question.precisions:
+        base = Candidate(mesh=MeshConfig(data=1), slices=num_slices, batch=1, precision=precision)
+        if question.step == "train":
+            for batch in question.batches or _training_batches(question, devices):
+                sized = dataclasses.replace(base, batch=batch)
+                yield candidates.training_meshes(question.model, sized, devices, check)
+        else:
+            meshes = candidates.serving_meshes(question.model, base, devices, check)
+            sized = [one for mesh in meshes.allowed for one in _served_batches(question, mesh)]
+            yield Meshes(sized, meshes.refused)
+
+
+def slices_of(question: Question, chips: int) -> int:
+    """Slices that so many chips come in; ValueError where they are none."""
+    if not question.slices:
+        return machine.fewest(question.chip, chips)
+    machine.require(question.chip, chips, question.slices)
+    return question.slices
+
+
+def _training_batches(question: Question, devices: int) -> list[int]:
+    """Powers of two up to a usual batch."""
+    most = max(min(BATCH_TOKENS, DEVICE_TOKENS * devices) // question.length, 1)
+    largest = 2 ** (most.bit_length() - 1)
+    return [largest >> down for down in range(BATCHES_TRIED) if largest >> down]
+
+
+def _served_batches(question: Question, mesh: Candidate) -> list[Candidate]:
+    """The mesh with more and more sequences, at least one wherever they differ."""
+    if question.batches:
+        sizes = [batch for batch in question.batches if batch % mesh.replicas == 0]
+    else:
+        sizes = [mesh.mesh.data * 2**power for power in range(ROWS.bit_length()) if 2**power >= mesh.mesh.expert]
+    return [dataclasses.replace(mesh, batch=batch) for batch in sizes]
+
+
+# What fits ------------------------------------------------------------------------------------------------------------
+
+
+def memory(question: Question, candidate: Candidate) -> dict[str, int]:
+    """Bytes of a device at the peak, by kind."""
+    from perf.stand_in import footprint
+
+    return footprint(question, candidate)
+
+
+def _fitting(question: Question, candidate: Candidate) -> Iterator[Candidate]:
+    """A mesh and batch in the ways that fit and that no other is sure to beat.
+
+    What is computed again is no gain by itself, and parts are none but in a pipe: a policy that keeps less is tried
+    only for coarser parts than the one before allows.
+    """
+    if question.step != "train":
+        if _fits(question, candidate):
+            yield candidate
+        return
+    repeats = candidates.pipe_repeats(question.model, candidate.mesh.pipe)
+    ladder = list(candidates.in_parts(candidate, repeats=repeats))
+    if not ladder or not _fits(question, dataclasses.replace(ladder[-1], remat=question.remats[-1])):
+        return
+    if candidate.mesh.pipe > 1:
+        for rung in ladder:
+            yield from next(([one] for one in _by_remat(question, rung) if _fits(question, one)), [])
+        return
+    end = len(ladder)
+    for remat in question.remats:
+        for place, rung in enumerate(ladder[:end]):
+            one = dataclasses.replace(rung, remat=remat)
+            if _fits(question, one):
+                yield one
+                end = place
+                break
+
+
+def _by_remat(question: Question, candidate: Candidate) -> Iterator[Candidate]:
+    for remat in question.remats:
+        yield dataclasses.replace(candidate, remat=remat)
+
+
+def _fits(question: Question, candidate: Candidate) -> bool:
+    return sum(memory(question, candidate).values()) <= machine.room(question.chip)
+
+
+# What it takes --------------------------------------------------------------------------------------------------------
+
+
+def _plan(question: Question, candidate: Candidate, chips: int) -> Plan:
+    """A candidate, predicted and priced."""
+    model, chip, length = question.model, question.chip, question.length
+    held, first = memory(question, candidate), None
+    if question.step == "serve":
+        predicted, first = _served(question, candidate)
+    else:
+        predicted = predict(candidates.job(candidate, model, question.step, length), chip)
+    tokens = candidate.batch * (length if question.step in ("train", "prefill") else 1)
+    price = None
+    if chip.price is not None:
+        price = predicted.seconds / tokens * (question.tokens or MILLION) * chips * chip.price / 3600
+    return Plan(candidate, chips, predicted, tokens, held, price, first)
+
+
+def _served(question: Question, candidate: Candidate) -> tuple[Prediction, float]:
+    """A token of every sequence, with the prompts that are read meanwhile; and seconds of one prompt alone.
+
+    While every sequence makes its `output` tokens, as many prompts are read, each by its replica alone.
+    """
+    model, chip, T, O = question.model, question.chip, question.length, question.output
+    token = predict(candidates.job(candidate, model, "decode", T + O // 2), chip)
+    one = dataclasses.replace(candidate, batch=candidate.replicas)
+    prompt = predict(candidates.job(one, model, "prefill", T), chip)
+    share = candidate.batch / candidate.replicas / O  # prompts of a replica for each token of all its sequences
+    read = [
+        part._replace(
+            name=f"prompt: {part.name}",
+            **{field: getattr(part, field) * share for field in ("seconds", "compute", "memory", "wire", "flops", "bytes", "count")},
+        )
+        for part in prompt.parts
+    ]
+    seconds, flops = token.seconds + share * prompt.seconds, token.flops + share * prompt.flops
+    mfu = (token.mfu * token.seconds + prompt.mfu * share * prompt.seconds) / seconds
+    bound = max((token.seconds, token.bound), (share * prompt.seconds, prompt.bound))[1]
+    return Prediction(seconds, (*token.parts, *read), bound, flops, mfu), prompt.seconds
+
+
+def _elsewhere(question: Question, best: Sequence[Plan]) -> list[Plan]:
+    """The best of the same meshes and batches in each other precision."""
+    found = []
+    for precision in question.others:
+        plans = [
+            _plan(question, one, plan.chips)
+            for plan in best
+            for one in _fitting(question, dataclasses.replace(_whole(plan.candidate), precision=precision))
+        ]
+        found += sorted(plans, key=lambda plan: _rank(plan, question))[:1]
+    return found
+
+
+def _whole(candidate: Candidate) -> Candidate:
+    """The candidate before its batch was cut in parts."""
+    return dataclasses.replace(candidate, accumulate=1, microbatches=0, repeats=1, remat="none")
+
+
+def pareto(plans: Iterable[Plan]) -> list[Plan]:
+    """Those that no other beats in latency, throughput and cost together, the quickest first."""
+
+    def worth(plan: Plan) -> tuple[float, float, float]:
+        return plan.seconds, -plan.tokens_per_second_per_chip, plan.cost or 0.0
+
+    front: list[Plan] = []
+    for plan in sorted(plans, key=worth):
+        mine = worth(plan)
+        if not any(all(a <= b for a, b in zip(worth(other), mine, strict=True)) for other in front):
+            front.append(plan)
+    return front
+
+
+# mesh=auto ------------------------------------------------------------------------------------------------------------
+
+
+def quickest(question: Question, ways: Sequence[Candidate]) -> Candidate:
+    """Of some ways to run the same step the one that takes the least time, of those that fit; else the smallest one."""
+    chips = question.chips[0]
+    fitting = [one for one in ways if _fits(question, one)]
+    if not fitting:
+        return min(ways, key=lambda one: sum(memory(question, one).values()))
+    return min((_plan(question, one, chips) for one in fitting), key=lambda plan: _rank(plan, question)).candidate
+
+
+# Where nothing fits ---------------------------------------------------------------------------------------------------
+
+
+def _nothing(question: Question, check: Check, refused: Sequence[str]) -> str:
+    """Why there is no plan, and what would do."""
+    chip, chips = question.chip, max(question.chips)
+    if refused:
+        return f"no mesh of {chips * chip.devices_per_chip} devices divides this run; of the simplest: {refused[0]}"
+    need, room = narrowest(question, check), machine.room(chip)
+    least = fewest_chips(question, check)
+    ways = [f"take {least:,} {chip.name}, the fewest that do"] if least else []
+    for kind in _narrower(question):
+        ways += next(([words] for words, other in kind if (narrowest(other, check) or room + 1) <= room), [])
+    return (
+        f"the {question.step} step fits on no mesh of {chips:,} {chip.name}: the least that any needs is "
+        f"{(need or 0) / 2**30:.2f} GiB of a device's {room / 2**30:.2f}; {', or '.join(ways) or 'take a smaller model'}"
+    )
+
+
+def narrowest(question: Question, check: Check) -> int | None:
+    """Bytes of a device that the most frugal way needs; None where no mesh divides."""
+    most_again, found = question.remats[-1], []
+    for chips in question.chips:
+        for meshes in _meshes(question, chips, check):
+            for mesh in meshes.allowed:
+                ladder = [mesh] if question.step != "train" else list(candidates.in_parts(mesh, repeats=[1]))
+                found += [
+                    sum(memory(question, dataclasses.replace(one, remat=most_again)).values()) for one in ladder[-1:]
+                ]
+    return min(found, default=None)
+
+
+def fewest_chips(question: Question, check: Check) -> int | None:
+    """The least number of chips, more than were asked for, that leaves room; None where none does."""
+    chip, asked = question.chip, max(question.chips)
+    for chips in machine.more(chip, asked):
+        if _kept(question) > chips * chip.devices_per_chip * machine.room(chip):
+            continue  # not even if every byte lay on one device alone
+        bytes_ = narrowest(dataclasses.replace(question, chips=(chips,), slices=0), check)
+        if bytes_ is not None and bytes_ <= machine.room(chip):
+            return chips
+    return None
+
+
+def _kept(question: Question) -> float:
+    """Bytes that lie somewhere between steps, at least."""
+    parameters = cost.num_parameters(question.model)
+    return parameters * (4 if question.step == "train" else BYTES[question.precisions[0].weights])
+
+
+def _narrower(question: Question) -> Iterator[Iterator[tuple[str, Question]]]:
+    """Kinds of settings that take less room, the mildest of each first."""
+    lengths = [question.length // part for part in (2, 4, 8) if question.length // part]
+    yield ((f"give --length {length}", dataclasses.replace(question, length=length)) for length in lengths)
+    if question.step == "train":
+        if question.optim.moments == "float32" and question.optim.name != "adafactor":
+            optim = dataclasses.replace(question.optim, moments="bfloat16")
+            yield iter([("set optim.moments=bfloat16", dataclasses.replace(question, optim=optim))])
+        return
+    if question.batches:
+        fewer = [max(question.batches) // part for part in (2, 4, 8, 16) if max(question.batches) // part]
+        yield ((f"give --batch {batch}", dataclasses.replace(question, batches=(batch,))) for batch in fewer)
+    yield (
+        (f"give --precision {candidates.number_words(one, question.step)}", dataclasses.replace(question, precisions=(one,)))
+        for one in question.others
+    )
