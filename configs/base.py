@@ -4,6 +4,7 @@ Overrides are in configs/overrides.py; JSON, back and comparison in parallel/rec
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import re
@@ -11,7 +12,7 @@ import re
 from data.config import DataConfig
 from model.config import ModelConfig
 from parallel.chips import CHIPS, Chip
-from parallel.config import AxisRules, ExecutionConfig, HostsConfig, MeshConfig
+from parallel.config import AxisRules, ExecutionConfig, HostsConfig, MeshAxes, MeshConfig
 from parallel.records import nearest
 from parallel.topology import find
 from perf.candidates import Candidate, Precision, Step, divisors, training_meshes
@@ -55,12 +56,13 @@ class RunConfig:
         check_splits(self, sizes)
         check_used(self, sizes)
 
-    def on(self, num_devices: int, kind: str = "") -> "RunConfig":
+    def on(self, num_devices: int, kind: str = "", slices: int = 1) -> "RunConfig":
         """The run for so many devices, its mesh picked where it is `auto`; raises ValueError as check_devices does.
 
-        `kind` is what jax calls the devices (`device_kind`); where it is a known chip, the planner picks.
+        `kind` is what jax calls the devices (`device_kind`); where it is a known chip, the planner picks. `slices` is
+        how many groups of them only a data centre's network joins.
         """
-        run = dataclasses.replace(self, mesh=picked_mesh(self, num_devices, kind)) if self.mesh.auto else self
+        run = dataclasses.replace(self, mesh=picked_mesh(self, num_devices, kind, slices)) if self.mesh.auto else self
         run.check_devices(num_devices)
         return run
 
@@ -95,7 +97,7 @@ def check_lengths(model: ModelConfig, optim: OptimConfig, train: TrainConfig) ->
 def check_rules(rules: AxisRules, mesh: MeshConfig) -> None:
     """Every rule names axes of the mesh, each once."""
     axes = mesh.axes
-    for name, rule in dataclasses.asdict(rules).items():
+    for name, rule in named(rules).items():
         split = axes_of(rule)
         for axis in split:
             if axis not in axes:
@@ -106,6 +108,12 @@ def check_rules(rules: AxisRules, mesh: MeshConfig) -> None:
             raise ValueError(f"rules.{name}={','.join(split)} names a mesh axis twice; an axis splits a dimension once")
 
 
+@functools.cache
+def named(rules: AxisRules) -> dict[str, MeshAxes]:
+    """Rules by logical name."""
+    return dataclasses.asdict(rules)
+
+
 def axes_of(rule) -> tuple[str, ...]:
     """A rule's mesh axes: `None` is (), `"tensor"` is ("tensor",)."""
     return (rule,) if isinstance(rule, str) else tuple(rule or ())
@@ -113,7 +121,7 @@ def axes_of(rule) -> tuple[str, ...]:
 
 def check_splits(run: RunConfig, sizes: dict[str, int]) -> None:
     """Every dimension is a multiple of the product of the mesh axes that split it (an unknown axis has size 1)."""
-    for name, rule in dataclasses.asdict(run.rules).items():
+    for name, rule in named(run.rules).items():
         parts = math.prod(sizes[axis] for axis in axes_of(rule))
         for dim, size in split_dims(run.model, run.train).get(name.removeprefix("act_"), {}).items():
             if size % parts:
@@ -146,7 +154,7 @@ def split_dims(model: ModelConfig, train: TrainConfig) -> dict[str, dict[str, in
 def check_used(run: RunConfig, sizes: dict[str, int]) -> None:
     """Every axis has something to split, in the way that a step goes about it."""
     model, train, execution = run.model, run.train, run.execution
-    bound = {axis for rule in dataclasses.asdict(run.rules).values() for axis in axes_of(rule)}
+    bound = {axis for rule in named(run.rules).values() for axis in axes_of(rule)}
     for axis, size in sizes.items():
         if size > 1 and axis not in bound:
             raise ValueError(
@@ -209,7 +217,7 @@ def check_meeting(rules: AxisRules, sizes: dict[str, int]) -> None:
     """Activations are split where the weights are that they meet: a step computes each device's part in place."""
     split = {
         name: tuple(axis for axis in axes_of(rule) if sizes[axis] > 1)
-        for name, rule in dataclasses.asdict(rules).items()
+        for name, rule in named(rules).items()
     }
     for weights, activations in (("heads", "act_heads"), ("ffn", "act_ffn"), ("vocab", "act_vocab")):
         if split[weights] != split[activations]:
@@ -228,11 +236,10 @@ def check_meeting(rules: AxisRules, sizes: dict[str, int]) -> None:
 # mesh=auto ------------------------------------------------------------------------------------------------------------
 
 
-def picked_mesh(run: RunConfig, num_devices: int, kind: str = "") -> MeshConfig:
+def picked_mesh(run: RunConfig, num_devices: int, kind: str = "", slices: int = 1) -> MeshConfig:
     """The mesh that the planner finds quickest on chips that it knows, else the simplest one that divides the run."""
-    simple = simplest_mesh(run, num_devices)
     chip = next((chip for chip in CHIPS if kind in chip.kinds), None)
-    return simple if chip is None or num_devices == 1 else planned_mesh(run, num_devices, chip)
+    return planned_mesh(run, num_devices, chip, slices) if chip else simplest_mesh(run, num_devices)
 
 
 def simplest_mesh(run: RunConfig, num_devices: int) -> MeshConfig:
@@ -260,11 +267,15 @@ def simplest_mesh(run: RunConfig, num_devices: int) -> MeshConfig:
     )
 
 
-def planned_mesh(run: RunConfig, num_devices: int, chip: Chip) -> MeshConfig:
-    """Of all meshes that divide the run as it is, the one whose step takes the least time by perf/plan.py."""
+def planned_mesh(run: RunConfig, num_devices: int, chip: Chip, slices: int = 1) -> MeshConfig:
+    """Of all meshes that divide the run as it is, the one whose step takes the least time by perf/plan.py.
+
+    Where none of them fits by its arithmetic, the one that needs the least: the compiler has the last word.
+    """
     precision = own_precision(run, "train")
     base = Candidate(
         mesh=MeshConfig(data=1),
+        slices=slices,
         batch=run.train.batch_size,
         accumulate=run.train.accumulate,
         microbatches=run.execution.microbatches,
@@ -287,7 +298,8 @@ def planned_mesh(run: RunConfig, num_devices: int, chip: Chip) -> MeshConfig:
     def check(candidate: Candidate) -> None:
         dataclasses.replace(run, mesh=candidate.mesh).check_devices(candidate.devices)
 
-    return quickest(question, training_meshes(model, base, num_devices, check).allowed).mesh
+    ways = training_meshes(model, base, num_devices, check).allowed
+    return quickest(question, ways).mesh if ways else simplest_mesh(run, num_devices)
 
 
 def applied(run: RunConfig, candidate: Candidate) -> RunConfig:

@@ -289,7 +289,7 @@ def _compile(asked: argparse.Namespace) -> int:
     run = _run(asked)
     topology = _topology(asked, run)
     if asked.step == "train" or run.mesh.auto:
-        run = run.on(topology.num_devices)
+        run = _on(run, topology)
     if asked.step == "train" and (asked.batch or asked.length):
         raise ValueError("--batch and --length are of prefill and decode; a run has train.batch_size and train.seq_len")
     if asked.step != "train" and asked.largest_batch:
@@ -326,7 +326,7 @@ def _shardings(asked: argparse.Namespace) -> int:
         raise ValueError("--slices is of a topology; give --topology T")
     topology = None if asked.devices else _topology(asked, run)
     num_devices = topology.num_devices if topology else asked.devices
-    run = run.on(num_devices)
+    run = _on(run, topology) if topology else run.on(num_devices)
     if not asked.topology:  # any devices will do where nothing is compiled
         from parallel.platforms import cut_cpu
 
@@ -370,6 +370,7 @@ def _plan(asked: argparse.Namespace) -> int:
 
     start = time.perf_counter()
     run, is_bare = run_of(asked.words, DEFAULT)
+    config = next((word for word in asked.words if "=" not in word), str(DEFAULT))
     precisions = tuple(word for word in asked.precision.split(",") if word)
     names = ("step", "chip", "chips", "topology", "slices", "length", "output", "tokens", "by", "top")
     wishes = Wishes(batches=asked.batch, precisions=precisions, **{name: getattr(asked, name) for name in names})
@@ -377,11 +378,11 @@ def _plan(asked: argparse.Namespace) -> int:
     answer = search(question, check)
     found = explanation.plain(answer, run.name) | {"seconds": round(time.perf_counter() - start, 3)}
     if not asked.json:
-        print("\n".join(explanation.lines(answer, asked.words[0] if asked.words else run.name, found["seconds"])), flush=True)
+        print("\n".join(explanation.lines(answer, run.name, config, found["seconds"])), flush=True)
     if asked.report:
         from perf import report
 
-        page = report.page(answer, run.name, report.neighbours(answer, check), report.scored())
+        page = report.page(answer, run.name, config, report.neighbours(answer, check), report.scored())
         pathlib.Path(asked.report).write_text(page, encoding="utf-8")
         _say(f"written to {asked.report}")
     for plan, row in zip(answer.plans[: asked.compile], found["plans"], strict=False):
@@ -427,6 +428,13 @@ def _topology(asked: argparse.Namespace, run):
     if not name:
         raise ValueError(f"{run.name} names no topologies; give --topology T, such as --topology v5e:4x4")
     return find(name, asked.slices)
+
+
+def _on(run, topology):
+    """The run on slices that are not here, as train.py would run it there."""
+    from parallel.chips import find
+
+    return run.on(topology.num_devices, find(topology.generation.name).kinds[0], topology.slices)
 
 
 def _ready() -> None:

@@ -116,7 +116,7 @@ def training_meshes(model: ModelConfig, base: Candidate, devices: int, check: Ch
     """Every mesh of so many devices that the model divides, in its coarsest parts; the simplest first."""
     found = Meshes([], [])
     sizes = {
-        axis: _alone(axis, most, base, devices, check)
+        axis: _alone(axis, most, base, devices, check, found)
         for axis, most in {
             "tensor": model.num_heads, "context": LONGEST_RING, "pipe": model.num_layers, "expert": model.num_experts
         }.items()
@@ -126,9 +126,7 @@ def training_meshes(model: ModelConfig, base: Candidate, devices: int, check: Ch
             for tensor in sizes["tensor"]:
                 for expert in sizes["expert"]:
                     rest, left = divmod(devices, pipe * context * tensor * expert)
-                    if left or base.batch % (rest * expert):
-                        continue
-                    for data in divisors(rest):
+                    for data in [] if left else divisors(rest):
                         if data % base.slices:
                             continue
                         mesh = MeshConfig(
@@ -141,8 +139,8 @@ def training_meshes(model: ModelConfig, base: Candidate, devices: int, check: Ch
 def serving_meshes(model: ModelConfig, base: Candidate, devices: int, check: Check) -> Meshes:
     """Replicas of `tensor` x `expert` devices each, every one with its own sequences."""
     found = Meshes([], [])
-    tensors = _alone("tensor", model.num_heads, base, devices, check)
-    experts = _alone("expert", model.num_experts, base, devices, check)
+    tensors = _alone("tensor", model.num_heads, base, devices, check, found)
+    experts = _alone("expert", model.num_experts, base, devices, check, found)
     for tensor in tensors:
         for expert in experts:
             data, left = divmod(devices, tensor * expert)
@@ -152,7 +150,7 @@ def serving_meshes(model: ModelConfig, base: Candidate, devices: int, check: Che
     return found
 
 
-def _alone(axis: str, most: int, base: Candidate, devices: int, check: Check) -> list[int]:
+def _alone(axis: str, most: int, base: Candidate, devices: int, check: Check, found: Meshes) -> list[int]:
     """Sizes that one axis may have at all: what does not divide alone does not divide together."""
     sizes = []
     for size in divisors(devices):
@@ -161,11 +159,12 @@ def _alone(axis: str, most: int, base: Candidate, devices: int, check: Check) ->
         mesh = dataclasses.replace(MeshConfig(data=1), **{axis: size})
         try:
             check(dataclasses.replace(base, mesh=mesh, microbatches=size if axis == "pipe" and size > 1 else 0))
-        except ValueError:
+        except ValueError as error:
             if size == 1:
                 raise
-            continue
-        sizes.append(size)
+            found.refused.append(str(error))
+        else:
+            sizes.append(size)
     return sizes
 
 

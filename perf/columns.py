@@ -1,5 +1,6 @@
 """Aligned plain text: rows as columns, bytes and seconds in the unit that shows them. Knows no report."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 
@@ -33,5 +34,5 @@ def unit_of(value: float) -> tuple[float, str]:
 
 def digits(value: float) -> str:
     """Three digits that count: 1,234 123 12.3 1.23 0.123."""
-    places = max(0, 2 - len(f"{abs(value):.0f}") + 1) if abs(value) >= 1 else 3
-    return f"{value:,.{places}f}"
+    places = 2 - math.floor(math.log10(abs(value))) if value else 0
+    return f"{value:,.{min(max(places, 0), 3)}f}"

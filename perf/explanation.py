@@ -16,8 +16,7 @@ WORDS = {
     "bubble": "waiting in the pipe",
     "overhead": "overhead",
 }
-TELLING = 0.02  # of a step: smaller differences are not worth a word
-EXPLAINED = 5  # plans
+TELLING, NOTED = 0.02, 0.003  # of a step: less on the network, or of a difference, is not worth a word
 
 
 # Columns --------------------------------------------------------------------------------------------------------------
@@ -104,50 +103,50 @@ def groups(plan: Plan) -> dict[str, float]:
 
 
 def why(answer: Answer) -> Iterator[str]:
-    """A sentence or two on each of the best plans."""
-    best = answer.plans[0]
-    for rank, plan in enumerate(answer.plans[:EXPLAINED], 1):
-        yield f"{rank}  {bound_words(answer.question, plan)}" + ("" if plan is best else f" {against(plan, best)}")
+    """What bounds the best plan, how near the next ones are, and what other ways lose."""
+    question, best = answer.question, answer.plans[0]
+    yield f"The first: {bound_words(question, best)}"
+    if len(answer.plans) > 1:
+        yield f"The next {len(answer.plans) - 1} are {behind(answer.plans[1], best)} to {behind(answer.plans[-1], best)} behind."
+    yield from (f"{mesh_words(rival)}: {against(question, rival, best)}" for rival in answer.rivals)
+
+
+def behind(plan: Plan, best: Plan) -> str:
+    """How much longer a token takes: 2.1%."""
+    return f"{(plan.seconds / plan.tokens) / (best.seconds / best.tokens) - 1:.1%}"
 
 
 def bound_words(question: Question, plan: Plan) -> str:
     """tensor=8 is ICI-bound: 2.1 ms of 3.0 ms go to sums over tensor."""
-    bound, whole, sizes = plan.prediction.bound, plan.seconds, plan.candidate.mesh.axes
-    shares = groups(plan)
+    bound, whole, sizes, shares = plan.prediction.bound, plan.seconds, plan.candidate.mesh.axes, groups(plan)
     if bound in AXES:
         spent = {name: value for name, value in shares.items() if name.endswith(bound)} or shares
         most = max(spent, key=lambda name: spent[name])
         link = question.chip.link or "network"
-        return (
-            f"{bound}={sizes[bound]} is {link}-bound: {seconds(spent[most], whole)} of {seconds(whole)} go to {most}."
-        )
+        return f"{bound}={sizes[bound]} is {link}-bound: {seconds(spent[most], whole)} of {seconds(whole)} go to {most}."
     most = max(shares, key=lambda name: shares[name])
-    exposed = sum(part.seconds for part in plan.prediction.parts if part.kind == "collective")
-    hidden = sum(max(part.wire - part.seconds, 0.0) for part in plan.prediction.parts if part.kind == "collective")
-    said = f"Bound by {bound}: {seconds(shares[most], whole)} of {seconds(whole)} go to {most}"
+    network = [part for part in plan.prediction.parts if part.kind == "collective"]
+    exposed = sum(part.seconds for part in network)
+    hidden = sum(max(part.wire - part.seconds, 0.0) for part in network)
+    said = f"bound by {bound}, {seconds(shares[most], whole)} of {seconds(whole)} go to {most}"
     if exposed + hidden > TELLING * whole:
         said += f"; of {seconds(exposed + hidden, whole)} on the network {seconds(hidden, whole)} are hidden"
     return said + "."
 
 
-def against(plan: Plan, best: Plan) -> str:
-    """Why a plan is behind the best one."""
+def against(question: Question, plan: Plan, best: Plan) -> str:
+    """Why a plan is behind the best one, for as many tokens: 4.2% behind, 2.1 s more for sums over tensor."""
+    scale = best.tokens / plan.tokens
     mine, its = groups(plan), groups(best)
-    per_token, its_tokens = 1 / plan.tokens, 1 / best.tokens
-    same_batch = plan.tokens == best.tokens
-    scale = 1.0 if same_batch else best.tokens / plan.tokens  # both for as many tokens
-    whole = best.seconds
     change = {name: mine.get(name, 0.0) * scale - its.get(name, 0.0) for name in {**mine, **its}}
-    slower = plan.seconds * per_token / (best.seconds * its_tokens) - 1
     rows = sorted(change.items(), key=lambda item: (-abs(item[1]), item[0]))
-    telling = [(name, value) for name, value in rows if abs(value) > max(TELLING * whole, 0.2 * abs(rows[0][1]))][:3]
-    more = [f"{seconds(value, whole)} more for {name}" for name, value in telling if value > 0]
-    less = [f"{seconds(-value, whole)} less for {name}" for name, value in telling if value < 0]
-    said = f"{slower:.1%} behind the first" if slower > 5e-4 else "As good as the first"
-    if plan.chips != best.chips:
-        said = f"On {plan.chips:,} chips, {plan.seconds / best.seconds:.2f} times the first's step"
-    batch = "" if same_batch else ", for as many tokens"
-    return said + (f"{batch}: {', '.join([*more, *less])}." if telling else f"{batch}.")
+    telling = [row for row in rows if abs(row[1]) > max(NOTED * best.seconds, 0.2 * abs(rows[0][1]))][:3]
+    more = [f"{seconds(value, best.seconds)} more for {name}" for name, value in telling if value > 0]
+    less = [f"{seconds(-value, best.seconds)} less for {name}" for name, value in telling if value < 0]
+    said = ", ".join([f"{behind(plan, best)} behind", *more, *less])
+    if plan.tokens != best.tokens:
+        said += f" (batch {plan.candidate.batch:,}, for as many tokens)"
+    return f"{said}." + (f" {bound_words(question, plan)}" if plan.prediction.bound in AXES else "")
 
 
 def elsewhere(answer: Answer) -> Iterator[str]:
@@ -165,13 +164,15 @@ def front_lines(answer: Answer) -> Iterator[str]:
     yield from table(answer, answer.front)
 
 
-def command(answer: Answer, plan: Plan, name: str) -> str:
-    """How a plan is run."""
-    settings = candidates.settings(plan.candidate, answer.question.step)
-    return f"uv run train.py {name} {settings}" if answer.question.step == "train" else f"uv run infer.py serve {name} {settings}"
+def command(question: Question, plan: Plan, config: str) -> str:
+    """How a plan is run; of a model without a config file or weights its settings alone."""
+    settings = candidates.settings(plan.candidate, question.step)
+    if question.step != "train":
+        return f"uv run infer.py serve MODEL {settings}"
+    return f"uv run train.py {config} {settings}" if config.endswith(".py") else settings
 
 
-def lines(answer: Answer, name: str, took: float) -> Iterator[str]:
+def lines(answer: Answer, name: str, config: str, took: float) -> Iterator[str]:
     """What `python -m perf plan` prints."""
     question = answer.question
     yield title(answer, name)
@@ -182,7 +183,7 @@ def lines(answer: Answer, name: str, took: float) -> Iterator[str]:
     if answer.others:
         yield "In other numbers, which change what is computed:"
         yield from (f"  {line}" for line in elsewhere(answer))
-    yield f"the first: {candidates.settings(answer.plans[0].candidate, question.step)}"
+    yield f"to run the first: {command(question, answer.plans[0], config)}"
     yield f"{answer.tried:,} meshes and batches divide the model, {answer.fitting:,} of them fit; {took:.1f} s"
 
 
@@ -220,6 +221,7 @@ def plain(answer: Answer, name: str) -> dict[str, Any]:
         "tried": answer.tried,
         "fitting": answer.fitting,
         "plans": [plain_plan(question, plan) for plan in answer.plans],
+        "rivals": [plain_plan(question, plan) for plan in answer.rivals],
         "front": [plain_plan(question, plan) for plan in answer.front],
         "other_precisions": [plain_plan(question, plan) for plan in answer.others],
         "why": list(why(answer)),

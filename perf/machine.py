@@ -4,6 +4,7 @@ fewest(v5e, 512)     2 slices, since one has 256 chips at most
 named(v5p, 1024, 1)  1,024 TPU v5p (8x8x16)
 """
 
+import functools
 from collections.abc import Iterator
 
 from parallel.chips import Chip
@@ -23,11 +24,12 @@ def is_torus(chip: Chip) -> bool:
 
 def fewest(chip: Chip, chips: int) -> int:
     """The fewest equal slices that so many chips are; ValueError with the nearest numbers where they are none."""
-    for count in range(1, MOST_SLICES + 1 if is_torus(chip) else 2):
-        if chips % count == 0 and forms(chip, chips // count):
-            return count
+    if not forms(chip, chips) and is_torus(chip) and chips > slice_sizes(chip, MOST)[-1]:
+        for count in range(2, MOST_SLICES + 1):
+            if chips % count == 0 and forms(chip, chips // count):
+                return count
     slice_shape(chip, chips)
-    raise AssertionError(f"{chips} {chip.name} form a slice after all")
+    return 1
 
 
 def forms(chip: Chip, chips: int) -> bool:
@@ -72,6 +74,7 @@ def named(chip: Chip, chips: int, slices: int) -> str:
     return f"{chips:,} {chip.name}" + (f" ({inside})" if inside else "")
 
 
+@functools.cache
 def room(chip: Chip) -> int:
     """Bytes of a device that a program may use: as libtpu has it, else all but what a driver takes."""
     one = topology_name(chip, slice_shape(chip, 1)) if is_torus(chip) else None

@@ -6,6 +6,7 @@ Every function returns a figure; `png` makes bytes of one. Draws what it is give
 import io
 import math
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,8 +14,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from parallel.chips import Chip
 from perf.columns import seconds, unit_of
@@ -75,6 +78,14 @@ def _styled(draw: Callable) -> Callable:
     return drawn
 
 
+def _plainly(*axis: Axis) -> None:
+    """Numbers of a logarithmic axis as they are written: 0.2 5 1,000."""
+    for one in axis:
+        one.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        one.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.15g}"))
+        one.set_minor_formatter(NullFormatter())
+
+
 def pieces(parts: Sequence[Part]) -> list[Piece]:
     """Operations with their passes added up, what is computed first, then what is waited for."""
     found: dict[tuple[str, str], Piece] = {}
@@ -94,59 +105,68 @@ def pieces(parts: Sequence[Part]) -> list[Piece]:
 @_styled
 def roofline(plan: Plan, chip: Chip) -> Figure:
     """Each operation of a device by its FLOPs a byte; as large as its share of the step."""
-    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
-    shown = [piece for piece in pieces(plan.prediction.parts) if piece.flops and piece.bytes and piece.seconds]
-    per_device = 1 / chip.devices_per_chip
-    peak, bandwidth = chip.rate(plan.candidate.precision.compute) * per_device, chip.hbm_bandwidth * per_device
-    ridge = peak / bandwidth
-    intensities = [piece.flops / piece.bytes for piece in shown]
-    low, high = min([*intensities, ridge]) / 4, max([*intensities, ridge]) * 4
+    figure, axes = plt.subplots(figsize=(10, 5), layout="constrained")
+    all_ = pieces(plan.prediction.parts)
+    shown = [piece for piece in all_ if piece.flops and piece.bytes and piece.seconds]
+    number = plan.candidate.precision.compute
+    peak, bandwidth = chip.rate(number) / chip.devices_per_chip, chip.hbm_bandwidth / chip.devices_per_chip
+    ridge, intensities = peak / bandwidth, [piece.flops / piece.bytes for piece in shown]
+    low, high = min([*intensities, ridge]) / 3, max([*intensities, ridge]) * 3
     axes.plot([low, ridge, high], [low * bandwidth / 1e12, peak / 1e12, peak / 1e12], color=INK, linewidth=1.8)
-    axes.annotate(
-        f"{peak / 1e12:,.0f} TFLOP/s {plan.candidate.precision.compute}", (high, peak / 1e12), xytext=(0, 6),
-        textcoords="offset points", ha="right", fontsize=9,
-    )  # fmt: skip
-    axes.annotate(
-        f"{bandwidth / 1e9:,.0f} GB/s of HBM", (low * 1.15, low * 1.15 * bandwidth / 1e12), xytext=(4, -12),
-        textcoords="offset points", fontsize=9,
-    )  # fmt: skip
-    lowest = peak
     for piece, intensity in zip(shown, intensities, strict=True):
-        rate = piece.flops / piece.seconds
-        lowest = min(lowest, rate)
         size = 30 + 2200 * piece.seconds / plan.seconds
-        axes.scatter(
-            intensity, rate / 1e12, s=size, color=COLOURS[piece.kind], alpha=0.75, edgecolor="white", linewidth=1
-        )
-    _named(axes, shown, intensities, plan.seconds)
-    axes.set(
-        xscale="log", yscale="log", xlim=(low, high), ylim=(min(lowest, low * bandwidth) / 2e12, peak * 2 / 1e12),
-        xlabel="FLOPs a byte of memory", ylabel="TFLOP/s of a device",
-    )  # fmt: skip
-    idle = sum(piece.seconds for piece in pieces(plan.prediction.parts) if not piece.flops)
+        rate = piece.flops / piece.seconds / 1e12
+        axes.scatter(intensity, rate, s=size, color=COLOURS[piece.kind], alpha=0.75, edgecolor="white", linewidth=1)
+    lowest = min([low * bandwidth, *(piece.flops / piece.seconds for piece in shown)]) / 1e12
+    axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(lowest / 1.6, peak * 1.7 / 1e12))
+    axes.set(xlabel="FLOPs a byte of memory", ylabel="TFLOP/s of a device")
+    _plainly(axes.xaxis, axes.yaxis)
+    small = {"textcoords": "offset points", "fontsize": 9}
+    axes.annotate(f"{peak / 1e12:,.0f} TFLOP/s {number}", (high, peak / 1e12), xytext=(-2, 5), ha="right", **small)
+    axes.annotate(f"{bandwidth / 1e9:,.0f} GB/s of HBM", (low, low * bandwidth / 1e12), xytext=(14, 4), **small)
+    _named(axes, shown, plan.seconds)
+    idle = sum(piece.seconds for piece in all_ if not piece.flops) / plan.seconds
     axes.set_title(f"Roofline: {mesh_words(plan)}")
-    axes.text(
-        1, 0.02, f"the area is the share of the step; {idle / plan.seconds:.0%} of it have no FLOPs",
-        transform=axes.transAxes, ha="right", fontsize=9, color="#666666",
-    )  # fmt: skip
+    note = f"areas are shares of the step; {idle:.0%} of it have no FLOPs"
+    axes.text(1, 1.03, note, transform=axes.transAxes, ha="right", fontsize=9, color="#666666")
     return figure
 
 
-def _named(axes, shown: Sequence[Piece], intensities: Sequence[float], whole: float) -> None:
-    """Names beside the points, moved down where they would lie on each other."""
-    taken: list[tuple[float, float]] = []
-    order = sorted(zip(shown, intensities, strict=True), key=lambda pair: (-pair[0].flops / pair[0].seconds, pair[1]))
-    for piece, intensity in order:
-        x, y = math.log10(intensity), math.log10(piece.flops / piece.seconds / 1e12)
-        place = y - 0.06 - 0.02 * (piece.seconds > 0.1 * whole)
-        while any(abs(x - a) < 0.55 and abs(place - b) < 0.075 for a, b in taken):
-            place -= 0.075
-        taken.append((x, place))
+def _named(axes, shown: Sequence[Piece], whole: float) -> None:
+    """Names below the points, in their order from left to right and on two lines, so that none lies on another."""
+    axes.figure.canvas.draw()
+    ordered = sorted(shown, key=lambda piece: (piece.flops / piece.bytes, piece.name))
+    points = [(piece.flops / piece.bytes, piece.flops / piece.seconds / 1e12) for piece in ordered]
+    pixels = [axes.transData.transform(point) for point in points]
+    places = spread([x for x, _ in pixels], apart=75.0, low=axes.bbox.x0 + 40, high=axes.bbox.x1 - 60)
+    for at, (piece, point, (x, y), place) in enumerate(zip(ordered, points, pixels, places, strict=True)):
+        lowest = min(b for a, b in pixels if abs(a - x) < 200)
+        drop = lowest - y - (46 if at % 2 == 0 else 84)
+        scale = 72 / axes.figure.dpi
         axes.annotate(
-            f"{piece.name} {piece.seconds / whole:.0%}" if piece.seconds > 0.005 * whole else piece.name,
-            (intensity, 10**y), xytext=(10**x, 10**place), textcoords="data", ha="center", va="top", fontsize=8.5,
-            arrowprops={"arrowstyle": "-", "color": "#999999", "linewidth": 0.6} if y - place > 0.12 else None,
+            f"{piece.name}\n{piece.seconds / whole:.0%}", point, xytext=((place - x) * scale, drop * scale),
+            textcoords="offset points", ha="center", va="top", fontsize=8.5, linespacing=1.05,
+            arrowprops={"arrowstyle": "-", "color": "#aaaaaa", "linewidth": 0.7, "shrinkA": 0, "shrinkB": 0},
         )  # fmt: skip
+
+
+def spread(wanted: Sequence[float], *, apart: float, low: float, high: float) -> list[float]:
+    """Ascending places near the wanted ones, at least so far apart, between two bounds where there is room.
+
+    spread([1, 1, 9], apart=2, low=0, high=10)  ->  [0, 2, 9]
+    """
+    groups: list[tuple[float, int]] = []  # centre and number of places that touch
+    for place in wanted:
+        centre, count = place, 1
+        while True:
+            half = (count - 1) * apart / 2
+            centre = max(low + half, min(centre, high - half))
+            if not groups or groups[-1][0] + (groups[-1][1] - 1) * apart / 2 + apart <= centre - half:
+                break
+            before, more = groups.pop()
+            centre, count = (before * more + centre * count) / (more + count), more + count
+        groups.append((centre, count))
+    return [centre + (at - (count - 1) / 2) * apart for centre, count in groups for at in range(count)]
 
 
 @_styled
@@ -185,8 +205,8 @@ def timeline(plan: Plan) -> Figure:
 
 
 def _inside(axes, x: float, y: float, name: str, share: float | None, colour: str) -> None:
-    """A name within its piece of a bar, broken into lines."""
-    lines = [*name.replace(", ", ",\n").replace(" over ", "\nover ").split("\n")]
+    """A name within its piece of a bar, broken into lines where that is narrow."""
+    lines = textwrap.wrap(name, 12 if (share or 1.0) > 0.1 else 9, break_long_words=False)
     lines += [f"{share:.0%}"] if share else []
     red, green, blue = (int(colour[at : at + 2], 16) for at in (1, 3, 5))
     ink = "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 140 else INK
@@ -251,7 +271,9 @@ def scaling(points: Sequence[Point], asked: int, *, is_fixed: bool) -> Figure:
             textcoords="offset points", ha="center", va="top", fontsize=7.5, color="#555555",
         )  # fmt: skip
     time.set_yscale("log")
-    time.set(title=f"{'Step' if is_fixed else 'Step, batch free'}: {unit}", ylabel=unit)
+    _plainly(time.yaxis)
+    time.set(title="Time of a step" if is_fixed else "Time of a step, each with its own batch", ylabel=unit)
+    rate.margins(x=0.1)
     rate.set(title="Tokens a second of a chip", ylim=(0, max(rates) * 1.12))
     if is_fixed:
         time.legend(frameon=False, fontsize=9)
@@ -269,13 +291,17 @@ def front(plans: Sequence[Plan], *, what: str) -> Figure:
     for mesh, colour in zip(meshes, (MEMORY * math.ceil(len(meshes) / len(MEMORY))), strict=False):
         mine = [at for at, plan in enumerate(plans) if mesh_words(plan) == mesh]
         axes.scatter([xs[at] for at in mine], [ys[at] for at in mine], s=52, color=colour, zorder=2, label=mesh)
-    for at, plan in enumerate(plans):
-        cost = f"\nUS$ {plan.cost:.3g}" if plan.cost is not None else ""
+    axes.set(xlabel=f"{what}, {unit}", ylabel="tokens/s/chip", xlim=(0, max(xs) * 1.2), ylim=(0, max(ys) * 1.1))
+    last = (-1.0, -1.0)
+    for plan, x, y in zip(plans, xs, ys, strict=True):
+        if math.hypot((x - last[0]) / max(xs), (y - last[1]) / max(ys)) < 0.05:
+            continue  # no room
+        last = (x, y)
+        cost = f", US$ {plan.cost:.3g}" if plan.cost is not None else ""
         axes.annotate(
-            f"B {plan.candidate.batch:,}{cost}", (xs[at], ys[at]), xytext=(7, -3), textcoords="offset points", fontsize=8,
+            f"batch {plan.candidate.batch:,}{cost}", (x, y), xytext=(8, -4), textcoords="offset points", fontsize=8,
             va="top", color="#555555",
         )  # fmt: skip
-    axes.set(xlabel=f"{what}, {unit}", ylabel="tokens/s/chip", xlim=(0, max(xs) * 1.12), ylim=(0, max(ys) * 1.1))
     axes.set_title("None is better in latency and throughput together")
     axes.legend(frameon=False, fontsize=9, loc="lower right")
     return figure
@@ -303,7 +329,7 @@ def measured(rows: Sequence[Mapping[str, Any]]) -> Figure:
             edgecolor="white", linewidth=0.5, label=label,
         )  # fmt: skip
     axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high), aspect="equal")
-    axes.set(xlabel="measured, in the unit of each row", ylabel="predicted")
+    axes.set(xlabel="measured, seconds", ylabel="predicted, seconds")
     axes.set_title("Predicted beside measured")
     axes.legend(frameon=False, fontsize=9, loc="upper left")
     return figure

@@ -6,6 +6,7 @@ Arithmetic alone: no device is looked at and nothing is compiled. Which meshes d
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
@@ -20,10 +21,11 @@ from perf.work import BYTES
 from training.config import OptimConfig, TrainConfig
 
 MILLION = 1_000_000
+RIVALS = 4  # that are told
 ELSEWHERE = 24  # of the best plans, whose meshes are tried in other numbers, too
 BATCH_TOKENS = 2**24  # of the largest batch that is tried unasked: arXiv:2407.21783, section 3.4.1, has 16M
 DEVICE_TOKENS = 2**16  # of it on one device
-BATCHES_TRIED = 4  # unasked, from that one down by halves
+HOPELESS = 1.6  # times the best: computing again takes a third, and coarser parts save less
 ROWS = 1024  # sequences of a serving replica, at most
 
 
@@ -81,6 +83,7 @@ class Answer(NamedTuple):
 
     question: Question
     plans: list[Plan]  # the best of each mesh, batch and precision, the best first; at most `top`
+    rivals: list[Plan]  # the best of each other way: other axes beside data in training, other meshes in serving
     front: list[Plan]  # serving: those that no other beats in latency, throughput and cost together, the quickest first
     others: list[Plan]  # the best in each other precision
     tried: int  # meshes and batches that the model divides
@@ -95,39 +98,67 @@ def search(question: Question, check: Check) -> Answer:
     found: list[Plan] = []
     refused: list[str] = []
     tried = fitting = 0
+    best = math.inf
     for chips in question.chips:
         for meshes in _meshes(question, chips, check):
             refused += meshes.refused
             for candidate in meshes.allowed:
-                plans = [_plan(question, one, chips) for one in _fitting(question, candidate)]
+                plans = list(_promising(question, candidate, chips, best))
                 tried, fitting = tried + 1, fitting + bool(plans)
+                best = min([best, *(_worth(plan, question) for plan in plans)])
                 found += plans
     if not found:
         raise ValueError(_nothing(question, check, refused if not tried else []))
-    ranked = sorted(found, key=lambda plan: _rank(plan, question))
-    best = list(_best_of(ranked, lambda plan: (plan.chips, plan.candidate.mesh, plan.candidate.batch, plan.candidate.precision)))
-    others = _elsewhere(question, best[:ELSEWHERE])
-    front = [] if question.step == "train" else pareto(best)
-    return Answer(question, best[: question.top], front, others, tried, fitting)
+    ranked = list(_best_of(found, question))
+    others = _elsewhere(question, ranked[:ELSEWHERE])
+    front = [] if question.step == "train" else pareto(ranked)
+    return Answer(question, ranked[: question.top], _rivals(ranked, question), front, others, tried, fitting)
+
+
+def _rivals(ranked: Sequence[Plan], question: Question) -> list[Plan]:
+    """The best plan of each way that is not the best one's, the best first."""
+
+    def way(plan: Plan) -> object:
+        axes = plan.candidate.mesh.axes
+        return frozenset(axis for axis, size in axes.items() if size > 1 and axis != "data") if question.step == "train" else tuple(axes.values())
+
+    found: dict[object, Plan] = {}
+    for plan in ranked:
+        found.setdefault(way(plan), plan)
+    return list(found.values())[1 : RIVALS + 1]
+
+
+def _promising(question: Question, candidate: Candidate, chips: int, best: float) -> Iterator[Plan]:
+    """What a mesh can do, no further than its first way where that is hopeless."""
+    for one in _fitting(question, candidate):
+        plan = _plan(question, one, chips)
+        yield plan
+        if _worth(plan, question) > HOPELESS * best:
+            return
+
+
+def _worth(plan: Plan, question: Question) -> float:
+    """What a token takes: seconds, or seconds of chips; the less the better."""
+    return plan.seconds / plan.tokens * (1 if question.by == "time" else plan.chips)
+
+
+def _best_of(found: Iterable[Plan], question: Question) -> Iterator[Plan]:
+    """The best of each mesh and precision, and of each batch that was asked for; the best first."""
+    seen = set()
+    for plan in sorted(found, key=lambda plan: _rank(plan, question)):
+        one = plan.candidate
+        is_open = question.step == "train" and not question.batches
+        kind = (plan.chips, one.mesh, one.precision, 0 if is_open else one.batch)
+        if kind not in seen:
+            seen.add(kind)
+            yield plan
 
 
 def _rank(plan: Plan, question: Question) -> tuple:
     """The less the better; what is equal goes by simplicity, so that every process and every day agree."""
-    seconds = plan.seconds / plan.tokens
-    price = seconds * plan.chips
     sizes = plan.candidate.mesh.axes
-    simple = (sum(size > 1 for size in sizes.values()), plan.hbm_bytes, tuple(sizes.values()))
-    first = (seconds, price) if question.by == "time" else (price, seconds)
-    return (*(float(f"{value:.6g}") for value in first), *simple)
-
-
-def _best_of(ranked: Iterable[Plan], key) -> Iterator[Plan]:
-    """The first of each kind."""
-    seen = set()
-    for plan in ranked:
-        if key(plan) not in seen:
-            seen.add(key(plan))
-            yield plan
+    worth = float(f"{_worth(plan, question):.6g}")
+    return worth, plan.chips, sum(size > 1 for size in sizes.values()), plan.hbm_bytes, tuple(sizes.values())
 
 
 def _meshes(question: Question, chips: int, check: Check) -> Iterator[Meshes]:
@@ -155,10 +186,10 @@ def slices_of(question: Question, chips: int) -> int:
 
 
 def _training_batches(question: Question, devices: int) -> list[int]:
-    """Powers of two up to a usual batch."""
+    """The largest usual batch, as a power of two and as a multiple of the devices: smaller ones gain nothing."""
     most = max(min(BATCH_TOKENS, DEVICE_TOKENS * devices) // question.length, 1)
     largest = 2 ** (most.bit_length() - 1)
-    return [largest >> down for down in range(BATCHES_TRIED) if largest >> down]
+    return sorted({largest, devices * 2 ** ((most // devices).bit_length() - 1) if most >= devices else largest})
 
 
 def _served_batches(question: Question, mesh: Candidate) -> list[Candidate]:
@@ -195,7 +226,7 @@ def _fitting(question: Question, candidate: Candidate) -> Iterator[Candidate]:
     if not ladder or not _fits(question, dataclasses.replace(ladder[-1], remat=question.remats[-1])):
         return
     if candidate.mesh.pipe > 1:
-        for rung in ladder:
+        for rung in reversed(ladder):  # the shortest waits first
             yield from next(([one] for one in _by_remat(question, rung) if _fits(question, one)), [])
         return
     end = len(ladder)
@@ -348,8 +379,8 @@ def fewest_chips(question: Question, check: Check) -> int | None:
 
 def _kept(question: Question) -> float:
     """Bytes that lie somewhere between steps, at least."""
-    parameters = cost.num_parameters(question.model)
-    return parameters * (4 if question.step == "train" else BYTES[question.precisions[0].weights])
+    weights = "fp32" if question.step == "train" else question.precisions[0].weights
+    return BYTES[weights] * cost.num_parameters(question.model)
 
 
 def _narrower(question: Question) -> Iterator[Iterator[tuple[str, Question]]]:

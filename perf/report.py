@@ -60,12 +60,12 @@ def scored() -> list[Mapping[str, Any]]:
     return []
 
 
-def page(answer: Answer, name: str, points: Sequence[Point], rows: Sequence[Mapping[str, Any]]) -> str:
+def page(answer: Answer, name: str, config: str, points: Sequence[Point], rows: Sequence[Mapping[str, Any]]) -> str:
     """The whole file; `rows` are what perf/score.py says of what others measured, or none."""
     heading = explanation.title(answer, name)
     body = [
         f"<h1>{_text(name)}</h1><p class=soft>{_text(heading)}</p>",
-        *_best(answer, name),
+        *_best(answer, config),
         "<h2>The plans</h2>",
         _table(explanation.head(answer), [explanation.row(answer, at + 1, plan) for at, plan in enumerate(answer.plans)]),
         f"<p class=soft>{answer.tried:,} meshes and batches divide the model, {answer.fitting:,} of them fit. The best of each "
@@ -90,7 +90,7 @@ def _text(words: str) -> str:
     return html.escape(words)
 
 
-def _best(answer: Answer, name: str) -> Iterator[str]:
+def _best(answer: Answer, config: str) -> Iterator[str]:
     """The winner in large figures, and how to run it."""
     plan, question = answer.plans[0], answer.question
     unit = "a token" if question.step in ("decode", "serve") else "a step"
@@ -104,7 +104,7 @@ def _best(answer: Answer, name: str) -> Iterator[str]:
         explanation.price_head(question): explanation.money(plan.cost),
     }
     yield "<dl>" + "".join(f"<div><dt>{_text(k)}</dt><dd>{_text(v)}</dd></div>" for k, v in figures.items()) + "</dl>"
-    yield f"<pre>{_text(explanation.command(answer, plan, name))}</pre>"
+    yield f"<pre>{_text(explanation.command(question, plan, config))}</pre>"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
