@@ -272,34 +272,41 @@ def planned_mesh(run: RunConfig, num_devices: int, chip: Chip, slices: int = 1) 
 
     Where none of them fits by its arithmetic, the one that needs the least: the compiler has the last word.
     """
-    precision = own_precision(run, "train")
-    base = Candidate(
-        mesh=MeshConfig(data=1),
+
+    def check(candidate: Candidate) -> None:
+        dataclasses.replace(run, mesh=candidate.mesh).check_devices(candidate.devices)
+
+    base = planned_candidate(run, MeshConfig(data=1), slices)
+    ways = training_meshes(run.model, base, num_devices, check).allowed
+    return quickest(planned_question(run, num_devices, chip), ways).mesh if ways else simplest_mesh(run, num_devices)
+
+
+def planned_candidate(run: RunConfig, mesh: MeshConfig, slices: int = 1) -> Candidate:
+    """The run as it is, on a mesh."""
+    return Candidate(
+        mesh=mesh,
         slices=slices,
         batch=run.train.batch_size,
         accumulate=run.train.accumulate,
         microbatches=run.execution.microbatches,
         repeats=run.execution.repeats,
         remat=run.model.remat,
-        precision=precision,
+        precision=own_precision(run, "train"),
     )
-    model = with_usual_vocabulary(run.model, run.data)
-    question = Question(
+
+
+def planned_question(run: RunConfig, num_devices: int, chip: Chip) -> Question:
+    """What the planner is asked about a run whose mesh alone is open."""
+    return Question(
         step="train",
-        model=model,
+        model=with_usual_vocabulary(run.model, run.data),
         optim=run.optim,
         train=run.train,
         chip=chip,
         chips=(max(num_devices // chip.devices_per_chip, 1),),
         length=run.train.seq_len,
-        precisions=(precision,),
+        precisions=(own_precision(run, "train"),),
     )
-
-    def check(candidate: Candidate) -> None:
-        dataclasses.replace(run, mesh=candidate.mesh).check_devices(candidate.devices)
-
-    ways = training_meshes(model, base, num_devices, check).allowed
-    return quickest(question, ways).mesh if ways else simplest_mesh(run, num_devices)
 
 
 def applied(run: RunConfig, candidate: Candidate) -> RunConfig:

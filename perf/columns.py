@@ -13,18 +13,18 @@ def aligned(rows: Sequence[Sequence[str]], *, right: Sequence[int]) -> Iterator[
         yield ("  " + "  ".join(cells)).rstrip()
 
 
-def gib(bytes_: float) -> str:
+def gib(bytes_: int | float) -> str:
     """3.37 GiB"""
     return f"{bytes_ / 2**30:,.2f} GiB" if bytes_ >= 2**27 else f"{bytes_ / 2**20:,.2f} MiB"
 
 
-def seconds(value: float, like: float | None = None) -> str:
+def seconds(value: int | float, like: int | float | None = None) -> str:
     """3.0 ms; of two values that stand together the second one's unit counts: seconds(0.2, like=3) is 0.20 s."""
     scale, unit = unit_of(value if like is None else like)
     return f"{digits(value * scale)} {unit}"
 
 
-def unit_of(value: float) -> tuple[float, str]:
+def unit_of(value: int | float) -> tuple[float, str]:
     """What to multiply seconds by, and the unit that they are in then."""
     for least, scale, unit in ((1.0, 1.0, "s"), (1e-3, 1e3, "ms")):
         if value >= least:
@@ -32,7 +32,7 @@ def unit_of(value: float) -> tuple[float, str]:
     return 1e6, "µs"
 
 
-def digits(value: float) -> str:
+def digits(value: int | float) -> str:
     """Three digits that count: 1,234 123 12.3 1.23 0.123."""
     places = 2 - math.floor(math.log10(abs(value))) if value else 0
     return f"{value:,.{min(max(places, 0), 3)}f}"

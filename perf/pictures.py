@@ -204,7 +204,7 @@ def timeline(plan: Plan) -> Figure:
     return figure
 
 
-def _inside(axes, x: float, y: float, name: str, share: float | None, colour: str) -> None:
+def _inside(axes, x: int | float, y: int | float, name: str, share: float | None, colour: str) -> None:
     """A name within its piece of a bar, broken into lines where that is narrow."""
     lines = textwrap.wrap(name, 12 if (share or 1.0) > 0.1 else 9, break_long_words=False)
     lines += [f"{share:.0%}"] if share else []
