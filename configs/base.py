@@ -215,10 +215,7 @@ def check_pipe(run: RunConfig, sizes: dict[str, int]) -> None:
 
 def check_meeting(rules: AxisRules, sizes: dict[str, int]) -> None:
     """Activations are split where the weights are that they meet: a step computes each device's part in place."""
-    split = {
-        name: tuple(axis for axis in axes_of(rule) if sizes[axis] > 1)
-        for name, rule in named(rules).items()
-    }
+    split = {name: tuple(axis for axis in axes_of(rule) if sizes[axis] > 1) for name, rule in named(rules).items()}
     for weights, activations in (("heads", "act_heads"), ("ffn", "act_ffn"), ("vocab", "act_vocab")):
         if split[weights] != split[activations]:
             raise ValueError(

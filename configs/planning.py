@@ -1,7 +1,7 @@
 """A run, or a published model's name, as a question to the planner (perf/plan.py). Knows no answer, imports no jax.
 
-    asked(*run_of(["configs/case_c.py"], DEFAULT), wishes)   the run's own batch, length and numbers
-    asked(*run_of(["llama3_1_405b"], DEFAULT), wishes)       a model of model/families.py, its batch left open
+asked(*run_of(["configs/case_c.py"], DEFAULT), wishes)   the run's own batch, length and numbers
+asked(*run_of(["llama3_1_405b"], DEFAULT), wishes)       a model of model/families.py, its batch left open
 """
 
 import dataclasses

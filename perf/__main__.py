@@ -2,7 +2,7 @@
 
     python -m perf compile CONFIG [key=value ...] --topology v5e:16x16    the TPU compiler's own word, without a TPU
     python -m perf shardings CONFIG [key=value ...] [--topology v5e:4x4]   tensor by tensor, collective by collective
-    python -m perf plan CONFIG|MODEL [key=value ...] --chip v5p --chips 128  the best meshes: time, memory, cost, by arithmetic
+    python -m perf plan CONFIG|MODEL [key=value ...] --chip v5p --chips 128  the best meshes, by arithmetic
     python -m perf bench train|prefill|decode                              measured, beside this machine's roof
     python -m perf bench serve [--mix M] [--rate R] [--plot FILE]          requests answered, beside other ways to
     python -m perf soak --url http://127.0.0.1:8000 [--pid N]               many clients of a server on this machine
@@ -108,7 +108,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_plan(plan: argparse.ArgumentParser) -> None:
     """Options of the planner."""
-    plan.add_argument("words", nargs="*", metavar="CONFIG|MODEL [key=value ...]", help="a run, or a model: llama3_1_405b")
+    plan.add_argument(
+        "words", nargs="*", metavar="CONFIG|MODEL [key=value ...]", help="a run, or a model: llama3_1_405b"
+    )
     plan.add_argument("--step", choices=("train", "prefill", "decode", "serve"), default="train", help="default: train")
     plan.add_argument("--chip", default="", metavar="C", help="such as v5p or H100 (default: the config's topology)")
     plan.add_argument("--chips", type=_positive, default=0, metavar="N", help="with --by cost: at most so many")
@@ -120,7 +122,10 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--length", type=_positive, default=0, help="tokens of a sequence, a prompt or in the cache")
     plan.add_argument("--output", type=_positive, default=0, help="tokens of an answer (serve; default 256)")
     plan.add_argument(
-        "--precision", default="", metavar="P[,P ...]", help="bf16, int8, …; weights/cache in serving (default: the run's)"
+        "--precision",
+        default="",
+        metavar="P[,P ...]",
+        help="bf16, int8, …; weights/cache in serving (default: the run's)",
     )
     plan.add_argument("--tokens", type=_rate, default=0.0, metavar="N", help="of the whole run: 15e12; cost is of them")
     plan.add_argument("--by", choices=("time", "cost"), default="time", help="what counts (default time)")
@@ -376,7 +381,8 @@ def _plan(asked: argparse.Namespace) -> int:
     wishes = Wishes(batches=asked.batch, precisions=precisions, **{name: getattr(asked, name) for name in names})
     question, check = question_of(run, is_bare, wishes)
     answer = search(question, check)
-    found = explanation.plain(answer, run.name) | {"seconds": round(time.perf_counter() - start, 3)}
+    found: dict[str, Any] = explanation.plain(answer, run.name)
+    found["seconds"] = round(time.perf_counter() - start, 3)
     if not asked.json:
         print("\n".join(explanation.lines(answer, run.name, config, found["seconds"])), flush=True)
     if asked.report:

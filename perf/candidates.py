@@ -1,4 +1,4 @@
-"""Ways to lay a step over devices: mesh, batch, parts of it, remat, numbers. Knows what may be tried, not what it costs.
+"""Ways to lay a step over devices: mesh, batch, its parts, remat, numbers. Knows what may be tried, not what it costs.
 
 What a model divides is not known here: `check` says it, a function that raises ValueError (configs/base.py has one).
 """
@@ -72,7 +72,7 @@ def number_words(precision: Precision, step: Step) -> str:
 
 
 def settings(candidate: Candidate, step: Step) -> str:
-    """A candidate as the command line takes it: `mesh.data=1 mesh.fsdp=64 …` of train.py, `--mesh tensor=8 …` of infer.py."""
+    """As the command line takes it: `mesh.data=1 mesh.fsdp=64 …` of train.py, `--mesh tensor=8 …` of infer.py."""
     return _training_settings(candidate) if step == "train" else _serving_settings(candidate)
 
 

@@ -1,4 +1,4 @@
-"""A search's answer in words and columns: what bounds the best plan, why the others lose. Searches and draws nothing."""
+"""A search's answer in words and columns: what bounds the best plan, why others lose. Searches and draws nothing."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from perf.columns import aligned, digits, gib, seconds, unit_of
 from perf.plan import Answer, Plan, Question, slices_of
 
 AXES = tuple(MeshConfig(data=1).axes)
-WORDS = {
+WORDS: dict[str, str] = {
     "matmul": "products",
     "attention": "attention",
     "vector": "passes over memory",
@@ -43,7 +43,9 @@ def title(answer: Answer, name: str) -> str:
 
 def table(answer: Answer, plans: Sequence[Plan]) -> Iterator[str]:
     """The plans in columns."""
-    yield from aligned([head(answer), *(row(answer, at + 1, plan) for at, plan in enumerate(plans))], right=_right(answer))
+    yield from aligned(
+        [head(answer), *(row(answer, at + 1, plan) for at, plan in enumerate(plans))], right=_right(answer)
+    )
 
 
 def head(answer: Answer) -> list[str]:
@@ -80,7 +82,7 @@ def row(answer: Answer, rank: int, plan: Plan) -> list[str]:
         f"{rank}", *([f"{plan.chips:,}"] if len(question.chips) > 1 else []), mesh_words(plan), *batch,
         candidates.number_words(one.precision, question.step), digits(plan.seconds * scale), *first,
         digits(plan.tokens_per_second_per_chip), f"{plan.prediction.mfu:.1%}",
-        f"{plan.hbm_bytes / 2**30:.1f} of {machine.room(question.chip) / 2**30:.1f}", plan.prediction.bound,
+        f"{digits(plan.hbm_bytes / 2**30)} of {digits(machine.room(question.chip) / 2**30)}", plan.prediction.bound,
         money(plan.cost),
     ]  # fmt: skip
 
@@ -97,7 +99,7 @@ def groups(plan: Plan) -> dict[str, float]:
     """Seconds of a step by what they go to: products, attention, …, and each collective by its name. They sum to it."""
     found: dict[str, float] = {}
     for part in plan.prediction.parts:
-        name = WORDS.get(part.kind, part.name.removeprefix("prompt: "))
+        name = WORDS.get(part.kind) or part.name.removeprefix("prompt: ")
         found[name] = found.get(name, 0.0) + part.seconds
     return found
 
@@ -107,7 +109,8 @@ def why(answer: Answer) -> Iterator[str]:
     question, best = answer.question, answer.plans[0]
     yield f"The first: {bound_words(question, best)}"
     if len(answer.plans) > 1:
-        yield f"The next {len(answer.plans) - 1} are {behind(answer.plans[1], best)} to {behind(answer.plans[-1], best)} behind."
+        least, most = behind(answer.plans[1], best), behind(answer.plans[-1], best)
+        yield f"The next {len(answer.plans) - 1} are {least} to {most} behind."
     yield from (f"{mesh_words(rival)}: {against(question, rival, best)}" for rival in answer.rivals)
 
 
@@ -123,7 +126,9 @@ def bound_words(question: Question, plan: Plan) -> str:
         spent = {name: value for name, value in shares.items() if name.endswith(bound)} or shares
         most = max(spent, key=lambda name: spent[name])
         link = question.chip.link or "network"
-        return f"{bound}={sizes[bound]} is {link}-bound: {seconds(spent[most], whole)} of {seconds(whole)} go to {most}."
+        return (
+            f"{bound}={sizes[bound]} is {link}-bound: {seconds(spent[most], whole)} of {seconds(whole)} go to {most}."
+        )
     most = max(shares, key=lambda name: shares[name])
     network = [part for part in plan.prediction.parts if part.kind == "collective"]
     exposed = sum(part.seconds for part in network)

@@ -32,7 +32,7 @@ COLOURS = {
 }  # fmt: skip
 MEMORY = ("#0072B2", "#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#B0B0B0", "#D55E00")
 INK, GRID = "#222222", "#e6e6e6"
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": GRID,
     "axes.axisbelow": True, "axes.titlesize": 12, "axes.titleweight": "bold", "axes.titlelocation": "left",
     "axes.titlepad": 10, "text.color": INK, "axes.labelcolor": INK, "svg.hashsalt": "meshlight",
@@ -220,7 +220,11 @@ def _inside(axes, x: int | float, y: int | float, name: str, share: float | None
 def memory(plans: Sequence[Plan], room: int) -> Figure:
     """What a device holds at the peak of each plan."""
     figure, axes = plt.subplots(figsize=(11, 1.6 + 0.42 * len(plans)), layout="constrained")
-    kinds = [kind for kind in dict.fromkeys(k for plan in plans for k in plan.memory) if any(p.memory.get(kind) for p in plans)]
+    kinds = [
+        kind
+        for kind in dict.fromkeys(k for plan in plans for k in plan.memory)
+        if any(p.memory.get(kind) for p in plans)
+    ]
     places = range(len(plans), 0, -1)
     for place, plan in zip(places, plans, strict=True):
         left = 0.0
@@ -256,11 +260,15 @@ def scaling(points: Sequence[Point], asked: int, *, is_fixed: bool) -> Figure:
     scale, unit = unit_of(steps[here])
     if is_fixed:
         ideal = [scale * steps[here] * chips[here] / n for n in chips]
-        time.plot(chips, ideal, color="#999999", linestyle=(0, (4, 3)), linewidth=1.4, label=f"as well as {asked:,} chips")
+        time.plot(
+            chips, ideal, color="#999999", linestyle=(0, (4, 3)), linewidth=1.4, label=f"as well as {asked:,} chips"
+        )
     time.plot(chips, [scale * value for value in steps], color=COLOURS["matmul"], marker="o", linewidth=2)
     rate.plot(chips, rates, color=COLOURS["matmul"], marker="o", linewidth=2)
     for axes, ys in ((time, [scale * value for value in steps]), (rate, rates)):
-        axes.scatter([chips[here]], [ys[here]], s=130, facecolor="none", edgecolor=COLOURS["attention"], linewidth=2.4, zorder=3)
+        axes.scatter(
+            [chips[here]], [ys[here]], s=130, facecolor="none", edgecolor=COLOURS["attention"], linewidth=2.4, zorder=3
+        )
         axes.set_xscale("log", base=2)
         axes.set_xticks(chips, [f"{n:,}" for n in chips])
         axes.minorticks_off()
@@ -318,7 +326,9 @@ def measured(rows: Sequence[Mapping[str, Any]]) -> Figure:
     kinds = list(dict.fromkeys(row["kind"] for row in shown))
     low = min(min(row["predicted"], row["measured"]) for row in shown) / 2
     high = max(max(row["predicted"], row["measured"]) for row in shown) * 2
-    axes.fill_between([low, high], [low * 0.9, high * 0.9], [low * 1.1, high * 1.1], color="#eeeeee", label="within 10 %")
+    axes.fill_between(
+        [low, high], [low * 0.9, high * 0.9], [low * 1.1, high * 1.1], color="#eeeeee", label="within 10 %"
+    )
     axes.plot([low, high], [low, high], color="#999999", linewidth=1)
     for kind, colour in zip(kinds, MEMORY, strict=False):
         mine = [row for row in shown if row["kind"] == kind]

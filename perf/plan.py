@@ -120,7 +120,11 @@ def _rivals(ranked: Sequence[Plan], question: Question) -> list[Plan]:
 
     def way(plan: Plan) -> object:
         axes = plan.candidate.mesh.axes
-        return frozenset(axis for axis, size in axes.items() if size > 1 and axis != "data") if question.step == "train" else tuple(axes.values())
+        return (
+            frozenset(axis for axis, size in axes.items() if size > 1 and axis != "data")
+            if question.step == "train"
+            else tuple(axes.values())
+        )
 
     found: dict[object, Plan] = {}
     for plan in ranked:
@@ -279,7 +283,10 @@ def _served(question: Question, candidate: Candidate) -> tuple[Prediction, float
     read = [
         part._replace(
             name=f"prompt: {part.name}",
-            **{field: getattr(part, field) * share for field in ("seconds", "compute", "memory", "wire", "flops", "bytes", "count")},
+            **{
+                field: getattr(part, field) * share
+                for field in ("seconds", "compute", "memory", "wire", "flops", "bytes", "count")
+            },
         )
         for part in prompt.parts
     ]
@@ -348,7 +355,8 @@ def _nothing(question: Question, check: Check, refused: Sequence[str]) -> str:
         ways += next(([words] for words, other in kind if (narrowest(other, check) or room + 1) <= room), [])
     return (
         f"the {question.step} step fits on no mesh of {chips:,} {chip.name}: the least that any needs is "
-        f"{(need or 0) / 2**30:.2f} GiB of a device's {room / 2**30:.2f}; {', or '.join(ways) or 'take a smaller model'}"
+        f"{(need or 0) / 2**30:.2f} GiB of a device's {room / 2**30:.2f}; "
+        f"{', or '.join(ways) or 'take a smaller model'}"
     )
 
 
@@ -396,6 +404,9 @@ def _narrower(question: Question) -> Iterator[Iterator[tuple[str, Question]]]:
         fewer = [max(question.batches) // part for part in (2, 4, 8, 16) if max(question.batches) // part]
         yield ((f"give --batch {batch}", dataclasses.replace(question, batches=(batch,))) for batch in fewer)
     yield (
-        (f"give --precision {candidates.number_words(one, question.step)}", dataclasses.replace(question, precisions=(one,)))
+        (
+            f"give --precision {candidates.number_words(one, question.step)}",
+            dataclasses.replace(question, precisions=(one,)),
+        )
         for one in question.others
     )

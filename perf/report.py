@@ -1,6 +1,6 @@
 """An answer of the planner as one page: words, tables and pictures in a single HTML file that needs no network.
 
-Draws by perf/pictures.py and says what perf/explanation.py says; searches for nothing but the neighbours that it is given.
+Draws by perf/pictures.py and says what perf/explanation.py says; searches only for fewer and for more chips.
 """
 
 import base64
@@ -11,7 +11,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from perf import candidates, explanation, machine, pictures
+from perf import explanation, machine, pictures
 from perf.candidates import Check
 from perf.columns import digits, seconds
 from perf.pictures import Piece, Point
@@ -67,17 +67,19 @@ def page(answer: Answer, name: str, config: str, points: Sequence[Point], rows: 
         f"<h1>{_text(name)}</h1><p class=soft>{_text(heading)}</p>",
         *_best(answer, config),
         "<h2>The plans</h2>",
-        _table(explanation.head(answer), [explanation.row(answer, at + 1, plan) for at, plan in enumerate(answer.plans)]),
-        f"<p class=soft>{answer.tried:,} meshes and batches divide the model, {answer.fitting:,} of them fit. The best of each "
-        "mesh and batch is shown.</p>",
+        _table(
+            explanation.head(answer), [explanation.row(answer, at + 1, plan) for at, plan in enumerate(answer.plans)]
+        ),
+        f"<p class=soft>{answer.tried:,} meshes and batches divide the model, {answer.fitting:,} of them fit. The "
+        "best of each mesh and batch is shown.</p>",
         "<h2>Why</h2>",
         *(f"<p>{_text(line)}</p>" for line in explanation.why(answer)),
         *_others(answer),
         "<h2>Pictures</h2>",
         *_figures(answer, points, rows),
         *_parts(answer),
-        f"<p class=soft>{_text(answer.question.chip.name)}: {_text(answer.question.chip.citations)}. Everything here is "
-        "predicted by arithmetic; nothing was run.</p>",
+        f"<p class=soft>{_text(answer.question.chip.name)}: {_text(answer.question.chip.citations)}. Everything here "
+        "is predicted by arithmetic; nothing was run.</p>",
     ]
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(heading)}</title>'
@@ -110,9 +112,7 @@ def _best(answer: Answer, config: str) -> Iterator[str]:
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Rows in columns, the first row marked."""
     left = [' class="left"' if name in LEFT else "" for name in head]
-    lines = [
-        "".join(f"<td{side}>{_text(cell)}</td>" for side, cell in zip(left, row, strict=True)) for row in rows
-    ]
+    lines = ["".join(f"<td{side}>{_text(cell)}</td>" for side, cell in zip(left, row, strict=True)) for row in rows]
     top = "".join(f"<th{side}>{_text(name)}</th>" for side, name in zip(left, head, strict=True))
     marked = [f"<tr{' class=best' if at == 0 else ''}>{line}</tr>" for at, line in enumerate(lines)]
     return f'<div class="scroll"><table><tr>{top}</tr>{"".join(marked)}</table></div>'
@@ -130,8 +130,8 @@ def _figures(answer: Answer, points: Sequence[Point], rows: Sequence[Mapping[str
     best, question = answer.plans[0], answer.question
     yield _figure(
         pictures.timeline(best),
-        "The best plan's step. Above, what it spends its time on, all layers and passes of an operation together; below, the "
-        "network: pale what runs behind the step, full what the step waits for.",
+        "The best plan's step. Above, what it spends its time on, all layers and passes of an operation together; below, "
+        "the network: pale what runs behind the step, full what the step waits for.",
     )
     yield _figure(
         pictures.roofline(best, question.chip),
@@ -142,7 +142,8 @@ def _figures(answer: Answer, points: Sequence[Point], rows: Sequence[Mapping[str
     if len(answer.front) > 1:
         what = "a token" if question.step in ("decode", "serve") else "a prompt"
         yield _figure(
-            pictures.front(answer.front, what=what), f"B is the batch over all chips; prices are {explanation.price_head(question)}."
+            pictures.front(answer.front, what=what),
+            f"B is the batch over all chips; prices are {explanation.price_head(question)}.",
         )
     if len(points) > 1:
         yield _figure(
@@ -170,7 +171,10 @@ def _parts(answer: Answer) -> Iterator[str]:
     """The best plan's step, operation by operation."""
     best = answer.plans[0]
     yield "<h2>The best plan's step in parts</h2>"
-    yield _table(["operation", "kind", "time", "share", "on the network"], [_part(piece, best) for piece in pictures.pieces(best.prediction.parts)])
+    yield _table(
+        ["operation", "kind", "time", "share", "on the network"],
+        [_part(piece, best) for piece in pictures.pieces(best.prediction.parts)],
+    )
 
 
 def _part(piece: Piece, plan: Plan) -> list[str]:

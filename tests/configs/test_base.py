@@ -220,11 +220,16 @@ def test_auto_keeps_all_that_is_asked_of_it():
 
 @pytest.mark.parametrize(
     ("config", "num_devices", "kind"),
-    [(case_a1.run, 256, "TPU v5 lite"), (case_c.run, 128, "TPU v5p"), (case_d.run, 64, "TPU v5p"), (run, 8, "TPU v6 lite")],
+    [
+        (case_a1.run, 256, "TPU v5 lite"),
+        (case_c.run, 128, "TPU v5p"),
+        (case_d.run, 64, "TPU v5p"),
+        (run, 8, "TPU v6 lite"),
+    ],
     ids=lambda value: value.name if isinstance(value, RunConfig) else str(value),
 )
 def test_auto_asks_the_planner_on_chips_that_it_knows(config, num_devices, kind):
-    """Its mesh divides the run, is the same every time, and no slower than the simplest one by the planner's own word."""
+    """Its mesh divides the run, is the same every time, and no slower than the simplest one by the planner's word."""
     free = override(config, ["mesh=auto"])
     picked = free.on(num_devices, kind)
     picked.check_devices(num_devices)

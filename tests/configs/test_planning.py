@@ -5,7 +5,7 @@ import pathlib
 import pytest
 
 from configs import case_a1
-from configs.planning import Wishes, asked, as_planned, of_model, run_of
+from configs.planning import Wishes, as_planned, asked, of_model, run_of
 from perf.candidates import Precision
 from perf.plan import search
 
@@ -31,7 +31,7 @@ def test_a_config_file_is_what_train_takes():
 def test_an_unknown_name_is_refused_with_the_nearest():
     with pytest.raises(ValueError, match="no config file and no published model; did you mean llama3_1_405b"):
         run_of(["llama-3.1-406b"], CONFIGS / "quickstart.py")
-    with pytest.raises(ValueError, match="did you mean .*case_a"):
+    with pytest.raises(ValueError, match=r"did you mean .*case_a"):
         run_of(["configs/case_a9.py"], CONFIGS / "quickstart.py")
 
 
@@ -80,7 +80,11 @@ def test_a_plan_is_compiled_as_it_would_run():
     best = search(question, check).plans[0]
     planned, topology = as_planned(run, question, best)
     assert topology.name == "v5e:4x4"
-    assert (planned.mesh, planned.train.batch_size, planned.model.remat) == (best.candidate.mesh, 32, best.candidate.remat)
+    assert (planned.mesh, planned.train.batch_size, planned.model.remat) == (
+        best.candidate.mesh,
+        32,
+        best.candidate.remat,
+    )
     planned.check_devices(16)
     question, check = asked(run, False, Wishes(step="decode", chip="v5e", chips=16))
     best = search(question, check).plans[0]

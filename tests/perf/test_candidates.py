@@ -1,6 +1,7 @@
 """Every way that divides is tried, none that does not, and each can be written as settings."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -25,11 +26,12 @@ def test_every_mesh_of_the_devices_is_found_once():
     model = dataclasses.replace(families.llama3_2_1b(), num_layers=4)
     found = [one.mesh for one in candidates.training_meshes(model, BASE, 8, anything).allowed]
     axes = ("pipe", "data", "fsdp", "context", "tensor")
+    powers = (1, 2, 4, 8)
     wanted = {
         sizes
-        for sizes in ((a, b, c, d, 8 // (a * b * c * d)) for a in (1, 2, 4) for b in (1, 2, 4, 8) for c in (1, 2, 4, 8)
-                      for d in (1, 2, 4, 8) if 8 % (a * b * c * d) == 0)
-    }  # fmt: skip
+        for sizes in itertools.product((1, 2, 4), powers, powers, powers, powers)  # of four layers
+        if math.prod(sizes) == 8
+    }
     assert {tuple(mesh.axes[axis] for axis in axes) for mesh in found} == wanted
     assert len(found) == len(wanted)
     assert {mesh.expert for mesh in found} == {1}, "a dense model has no experts to split"
@@ -42,9 +44,7 @@ def test_experts_are_split_where_there_are_some():
 
 
 def test_data_spans_the_slices():
-    found = candidates.training_meshes(
-        families.llama3_2_1b(), dataclasses.replace(BASE, slices=2), 8, anything
-    ).allowed
+    found = candidates.training_meshes(families.llama3_2_1b(), dataclasses.replace(BASE, slices=2), 8, anything).allowed
     assert found
     assert all(one.mesh.data % 2 == 0 for one in found)
 
@@ -70,7 +70,16 @@ def test_parts_divide_a_devices_batch():
     assert [part.microbatch for part in candidates.in_parts(one, repeats=[1])] == [8, 4, 2, 1]
     piped = dataclasses.replace(one, mesh=MeshConfig(data=2, fsdp=2, pipe=2), microbatches=2)
     ways = list(candidates.in_parts(piped, repeats=[1, 2]))
-    assert [(way.microbatches, way.repeats) for way in ways] == [(2, 1), (2, 2), (4, 1), (4, 2), (8, 1), (8, 2), (16, 1), (16, 2)]
+    assert [(way.microbatches, way.repeats) for way in ways] == [
+        (2, 1),
+        (2, 2),
+        (4, 1),
+        (4, 2),
+        (8, 1),
+        (8, 2),
+        (16, 1),
+        (16, 2),
+    ]
     assert all(way.microbatch * way.microbatches * 4 == 64 for way in ways)
 
 
@@ -81,7 +90,9 @@ def test_settings_are_what_train_takes(config):
     one = Candidate(
         mesh=MeshConfig(data=2, fsdp=2), batch=batch, accumulate=2, remat="minimal", precision=Precision("fp32", "int8")
     )
-    assert override(config, ["mesh.expert=1", "mesh.tensor=1", *candidates.settings(one, "train").split()]) == applied(config, one)
+    assert override(config, ["mesh.expert=1", "mesh.tensor=1", *candidates.settings(one, "train").split()]) == applied(
+        config, one
+    )
 
 
 def test_settings_of_a_pipe_and_of_a_server():

@@ -9,7 +9,17 @@ from configs.planning import Wishes, asked, of_model
 from perf import columns, explanation
 from perf.plan import search
 
-INTERFACE = {"mesh", "batch", "remat", "step_seconds", "tokens_per_second_per_chip", "mfu", "hbm_bytes", "bound", "cost"}
+INTERFACE = {
+    "mesh",
+    "batch",
+    "remat",
+    "step_seconds",
+    "tokens_per_second_per_chip",
+    "mfu",
+    "hbm_bytes",
+    "bound",
+    "cost",
+}
 
 
 def answer_of(**wishes):
@@ -73,7 +83,9 @@ def test_a_step_bound_by_an_axis_says_so_in_words():
 
 def test_commands_are_of_what_was_asked(trained, served):
     one = trained.plans[0]
-    assert explanation.command(trained.question, one, "configs/tiny.py").startswith("uv run train.py configs/tiny.py mesh.")
+    assert explanation.command(trained.question, one, "configs/tiny.py").startswith(
+        "uv run train.py configs/tiny.py mesh."
+    )
     assert explanation.command(trained.question, one, "llama3_2_1b").startswith("mesh.data=")
     assert explanation.command(served.question, served.plans[0], "x").startswith("uv run infer.py serve MODEL ")
 

@@ -114,7 +114,9 @@ def test_other_numbers_are_told_beside(trained, served):
 
 def test_what_fits_nowhere_says_the_least_that_would_do():
     wishes = Wishes(chip="v5p", chips=4, batches=(64,), length=2048)
-    with pytest.raises(ValueError, match=r"fits on no mesh of 4 TPU v5p: .* GiB of a device's 95.74; take (\d+) TPU v5p") as error:
+    with pytest.raises(
+        ValueError, match=r"fits on no mesh of 4 TPU v5p: .* GiB of a device's 95.74; take (\d+) TPU v5p"
+    ) as error:
         search(*question("llama3_1_70b", settings=wishes))
     assert "\n" not in str(error.value)
     least = int(str(error.value).split("take ")[1].split()[0])
@@ -127,12 +129,12 @@ def test_what_fits_nowhere_says_the_least_that_would_do():
 
 def test_what_divides_nowhere_says_why():
     wishes = Wishes(chip="v5e", chips=8, batches=(7,), length=2047)
-    with pytest.raises(ValueError, match="no mesh of 8 devices divides this run; of the simplest: ") as error:
+    with pytest.raises(ValueError, match=r"no mesh of 8 devices divides this run; of the simplest: ") as error:
         search(*question(settings=wishes))
     assert "\n" not in str(error.value)
 
 
 def test_serving_that_does_not_fit_names_a_setting():
     wishes = Wishes(step="decode", chip="L4", chips=4, length=4096)
-    with pytest.raises(ValueError, match="the decode step fits on no mesh of 4 L4: .* give --precision int"):
+    with pytest.raises(ValueError, match=r"the decode step fits on no mesh of 4 L4: .* give --precision int"):
         search(*question("llama3_1_70b", settings=dataclasses.replace(wishes, batches=(8,))))
