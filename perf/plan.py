@@ -14,7 +14,7 @@ from model import cost
 from model.config import ModelConfig, RematKind
 from parallel.chips import Chip
 from parallel.config import MeshConfig
-from perf import candidates, machine
+from perf import candidates, held, machine
 from perf.candidates import REMATS, Candidate, Check, Meshes, Precision, Step
 from perf.predict import Prediction, predict
 from perf.work import BYTES
@@ -210,9 +210,11 @@ def _served_batches(question: Question, mesh: Candidate) -> list[Candidate]:
 
 def memory(question: Question, candidate: Candidate) -> dict[str, int]:
     """Bytes of a device at the peak, by kind."""
-    from perf.stand_in import footprint
-
-    return footprint(question, candidate)
+    model, length = question.model, question.length + question.output
+    if question.step == "train":
+        return held.train(model, candidate, length=length, optim=question.optim, loss=question.train)
+    tokens = question.length if question.step == "prefill" else 1
+    return held.serve(model, candidate, length=length, tokens=tokens)
 
 
 def _fitting(question: Question, candidate: Candidate) -> Iterator[Candidate]:

@@ -130,8 +130,8 @@ def _figures(answer: Answer, points: Sequence[Point], rows: Sequence[Mapping[str
     best, question = answer.plans[0], answer.question
     yield _figure(
         pictures.timeline(best),
-        "The best plan's step. Above, what it spends its time on, all layers and passes of an operation together; below, "
-        "the network: pale what runs behind the step, full what the step waits for.",
+        "The best plan's step. Above, what it spends its time on, all layers and passes of an operation together; "
+        "below, the network: pale what runs behind the step, full what the step waits for.",
     )
     yield _figure(
         pictures.roofline(best, question.chip),
