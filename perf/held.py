@@ -1,4 +1,4 @@
-"""What a device holds at the peak of a step, by kind: arithmetic on shapes, generous where it guesses. Compiles nothing.
+"""What a device holds at the peak of a step, by kind: arithmetic, generous where it guesses. Compiles nothing.
 
 Weights, moments and caches are counted; what a layer holds while it is computed, gathered weights and copies are not
 known before a compiler has placed them, and are taken as if none of it shared room.
@@ -6,7 +6,7 @@ known before a compiler has placed them, and are taken as if none of it shared r
 
 from model import cost
 from model.config import KEPT, ModelConfig
-from perf.candidates import Candidate, Step
+from perf.candidates import Candidate
 from perf.work import BYTES
 from training.config import OptimConfig, TrainConfig
 

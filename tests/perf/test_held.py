@@ -1,4 +1,4 @@
-"""What a device holds, against the TPU compiler's peaks of docs/benchmarks/tpu_compile.md: never less, not much more."""
+"""What a device holds, against the TPU compiler's peaks of docs/benchmarks/tpu_compile.md: never less."""
 
 import dataclasses
 
