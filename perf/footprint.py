@@ -29,19 +29,27 @@ from training.config import OptimConfig, TrainConfig
 from training.losses import part_size
 from training.optimizer import SLOWEST
 
-# Arrays that a layer's backward pass has at once besides what was kept, in the type of products.
-WIDE = 3.5  # of a token and F: gate, up, their product, and gradients of these as each takes a place
-HEADS = 5.0  # of a token and all heads: queries, attention's result and gradients of both
-STREAM = 8.0  # of a token and D: the layer's input, norms, what is added, gradients of all
-ROWS_WIDE = 3.0  # of a row sent to experts and their F
-ROWS_STREAM = 2.0  # of such a row and D
-GATHERED = 1.0  # of one layer's weights that are gathered: those of the layer in flight, little is ahead
-WHOLE_GRADIENTS = 2.0  # of the layer's largest gathered matrix: gradients before they are scattered
-LOGITS = 6.0  # bytes of a logit: in float32, and its gradient in the type of products
-MARGIN = 0.03  # of the peak that must be left for a step to be said to fit
 
-TRAIN_KINDS = ("weights", "moments", "copies", "gradients", "activations", "gathered", "layer", "logits")
-KINDS = (*TRAIN_KINDS, "exchange", "pipeline", "cache", "workspace")
+class Constants(NamedTuple):
+    """How many arrays of a size there are at once where the compiler decides it; fitted (perf/footprint_fit.py)."""
+
+    gathered: float = 1.0  # of one layer's gathered weights: those of the layer in flight, little of the next
+    whole_gradients: float = 2.5  # of its largest matrix: gradients not scattered yet, weights ahead of their use
+    wide: float = 2.0  # of a token and F beside these: gate, up, their product and gradients, as one takes a place
+    stream: float = 7.2  # of a token and D beside these: the layer's input, norms, what is added, gradients
+    rows_wide: float = 3.0  # of a row sent to experts and their F
+    rows_stream: float = 2.0  # of such a row and D
+    late_wide: float = 4.0  # of a token and F where attention's backward is at work and FFN's gradients still wait
+    late_heads: float = 6.0  # of a token and all heads there: queries, attention's result, gradients of both
+    late_stream: float = 7.0  # of a token and D there
+    head_gradient: float = 1.0  # of the table's whole gradient in float32: whether it waits for the layers' backward
+    logits: float = 6.0  # bytes of a logit: float32, and its gradient in the type of products
+
+
+CONSTANTS = Constants()
+MARGIN = 0.03  # of the peak that must be left for a step to be said to fit
+KINDS = ("weights", "moments", "copies", "gradients", "activations", "gathered", "layer", "logits",
+         "exchange", "pipeline", "cache", "workspace")  # fmt: skip
 
 
 class Footprint(NamedTuple):
@@ -59,6 +67,7 @@ class Leaf(NamedTuple):
     names: Names
     shape: tuple[int, ...]
     stack: str  # the first key of its path: layers, dense_layers, embedding, head, norm
+    part: str  # the second: attention, ffn, a norm
     is_cast: bool  # multiplied in the compute type
 
 
@@ -115,7 +124,13 @@ def leaves(model: ModelConfig) -> tuple[Leaf, ...]:
     is_names = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
     pairs = zip(jax.tree.leaves_with_path(shapes), jax.tree.leaves(names, is_leaf=is_names), strict=True)
     return tuple(
-        Leaf(name, leaf.shape, str(path[0].key), "vocab" in name or summed_dims(name) is not None)
+        Leaf(
+            name,
+            leaf.shape,
+            str(path[0].key),
+            str(path[1].key) if len(path) > 1 else "",
+            "vocab" in name or summed_dims(name) is not None,
+        )
         for (path, leaf), name in pairs
     )
 
@@ -143,6 +158,7 @@ class Step(NamedTuple):
     rows: int  # sequences computed at once: a microbatch of a pipe, else a part of an accumulated batch
     stages: int
     passes: int  # microbatches of a pipe
+    constants: Constants
 
     @property
     def tokens(self) -> int:
@@ -168,6 +184,7 @@ def train_footprint(
     rules: AxisRules = AxisRules(),  # noqa: B008
     execution: ExecutionConfig = ExecutionConfig(),  # noqa: B008
     optim: OptimConfig = OptimConfig(),  # noqa: B008
+    constants: Constants = CONSTANTS,
 ) -> Footprint:
     """Of a train step; `sizes` are devices along the axes of MeshConfig, `hbm` the bytes that a program may use."""
     split = Split(sizes, rules)
@@ -184,6 +201,7 @@ def train_footprint(
         rows=-(-batch // passes),
         stages=stages,
         passes=passes,
+        constants=constants,
     )
     kept = _state(step, optim)
     moments = {"loss": _loss(step), "backward": _backward(step), "embedding": _embedding(step), "update": _update(step)}
@@ -270,10 +288,18 @@ def _kept(step: Step) -> dict[str, int]:
 
 
 def _table(step: Step) -> tuple[int, int]:
-    """Numbers of the unembedding that a device has, and of it gathered."""
-    V, D = step.model.vocab_size, step.model.embed_dim
-    leaf = Leaf(("vocab", "embed"), (V, D), "head", True)
-    return math.prod(step.split.local(leaf)), math.prod(step.split.local(leaf, gathered=True))
+    """Numbers of the unembedding that a device has, and of it gathered, its rows whole tiles where it multiplies."""
+    leaf = Leaf(("vocab", "embed"), (step.model.vocab_size, step.model.embed_dim), "head", "", True)
+    V, D = step.split.local(leaf, gathered=True)
+    return math.prod(step.split.local(leaf)), V * -(-D // 128) * 128
+
+
+def _turned(step: Step) -> int:
+    """The embedding in float32 once more where rows that are no whole tiles are looked up: it is laid out anew."""
+    V, D = step.split.local(
+        Leaf(("vocab", "embed"), (step.model.vocab_size, step.model.embed_dim), "embedding", "", True)
+    )
+    return 4 * V * -(-D // 128) * 128 if D % 128 and D > 128 else 0
 
 
 def _finished_rows(step: Step) -> int:
@@ -293,17 +319,18 @@ def _loss(step: Step) -> dict[str, int]:
     if train.loss == "vocabulary":
         size = part_size(V, train.loss_chunk)
         part = size * model.embed_dim
-        logits = round(LOGITS * rows * length * size) + 4 * rows * length * model.embed_dim + 2 * stream
+        logits = round(step.constants.logits * rows * length * size) + 4 * rows * length * model.embed_dim + 2 * stream
         gathered, sums = 2 * width * part, width * mine
     else:
         chunk = min(train.loss_chunk, length)
-        logits = round(LOGITS * rows * chunk * V) + 3 * stream
+        logits = round(step.constants.logits * rows * chunk * V) + 3 * stream
         gathered, sums = width * (whole if whole > mine else 0), 4 * whole
     return {
         "copies": _copies(step),
         "gradients": sums + _accumulated(step),
         "gathered": gathered,
         "logits": logits,
+        "workspace": _turned(step),
         **_kept(step),
     }
 
@@ -311,43 +338,57 @@ def _loss(step: Step) -> dict[str, int]:
 def _backward(step: Step) -> dict[str, int]:
     """The layers' gradients have their places, and one layer is at work."""
     mine, whole = _table(step)
-    head = step.width * mine if step.train.loss == "vocabulary" else 4 * whole
+    head = step.width * mine if step.train.loss == "vocabulary" else round(step.constants.head_gradient * 4 * whole)
     gradients = _gradients(step, "layers", "dense_layers") + head + _accumulated(step)
     if step.stages > 1 and step.execution.pipeline == "1f1b":
         gradients += 4 * step.numbers("layers", "embedding", "head")
     stream = _finished_rows(step) * step.split.share(step.train.seq_len, "residual_seq") * step.model.embed_dim
     kept = _kept(step)
     kept["pipeline"] = kept.get("pipeline", 0) + (stream * step.width if step.stages > 1 else 0)
-    return {
+    before = {
         "copies": _copies(step),
         "gradients": gradients,
-        "layer": _layer(step) + stream * step.width,
-        "gathered": _gathered(step),
-        "exchange": _exchange(step),
+        "layer": stream * step.width,
+        "workspace": _turned(step),
         **kept,
+    }
+    inner = max(_ffn(step), _attention(step), key=lambda parts: sum(parts.values()))
+    return {kind: before.get(kind, 0) + inner.get(kind, 0) for kind in before | inner}
+
+
+def _grown(step: Step) -> dict[str, list[int]]:
+    """Numbers of one layer's matrices that are gathered, by the part of the layer."""
+    found: dict[str, list[int]] = {}
+    for leaf in step.leaves:
+        whole = step.split.local(leaf, gathered=True)[1:]
+        if leaf.stack == "layers" and leaf.is_cast and whole != step.split.local(leaf)[1:]:
+            found.setdefault(leaf.part, []).append(math.prod(whole))
+    return found
+
+
+def _ffn(step: Step) -> dict[str, int]:
+    """The FFN's backward pass: gathered weights, gradients of them before they are scattered, inner values."""
+    constants, model, grown = step.constants, step.model, _grown(step)
+    sizes = [size for part in grown.values() for size in part]
+    F = step.split.share(model.shared_ffn_dim if model.num_experts else model.ffn_dim, "act_ffn")
+    numbers = constants.wide * step.tokens * F + constants.stream * step.apart * model.embed_dim
+    gathered = constants.gathered * sum(sizes) + constants.whole_gradients * max(sizes, default=0)
+    return {
+        "gathered": round(step.width * gathered),
+        "layer": round(step.width * numbers),
+        "exchange": _exchange(step),
     }
 
 
-def _gathered(step: Step) -> int:
-    """One layer's weights whole, and gradients of them before they are scattered."""
-    layer = [leaf._replace(shape=(1, *leaf.shape[1:])) for leaf in step.leaves if leaf.stack == "layers"]
-    grown = [
-        math.prod(step.split.local(leaf, gathered=True))
-        for leaf in layer
-        if leaf.is_cast and step.split.local(leaf, gathered=True) != step.split.local(leaf)
-    ]
-    if not grown:
-        return 0
-    return round(step.width * (GATHERED * sum(grown) + WHOLE_GRADIENTS * max(grown)))
-
-
-def _layer(step: Step) -> int:
-    """Inner values of one layer's backward pass."""
-    model, split = step.model, step.split
+def _attention(step: Step) -> dict[str, int]:
+    """Attention's backward pass, while gradients of the FFN's weights are made late."""
+    constants, model, split = step.constants, step.model, step.split
     F = split.share(model.shared_ffn_dim if model.num_experts else model.ffn_dim, "act_ffn")
-    heads = split.share(model.num_heads, "act_heads") * max(model.head_dim, 128)
-    numbers = WIDE * step.tokens * F + HEADS * step.tokens * heads + STREAM * step.apart * model.embed_dim
-    return round(step.width * numbers)
+    heads = split.share(model.num_heads, "act_heads") * -(-model.head_dim // 128) * 128
+    numbers = constants.late_wide * step.tokens * F + constants.late_heads * step.tokens * heads
+    numbers += constants.late_stream * step.apart * model.embed_dim
+    gathered = sum(_grown(step).get("attention", []))
+    return {"gathered": round(step.width * gathered), "layer": round(step.width * numbers)}
 
 
 def _exchange(step: Step) -> int:
@@ -358,13 +399,13 @@ def _exchange(step: Step) -> int:
     spread = model.expert_capacity if split.parts("experts") > 1 else 1.0
     rows = spread * step.tokens * model.experts_per_token
     F = split.share(model.expert_ffn_dim, "expert_ffn")
-    return round(step.width * rows * (ROWS_WIDE * F + ROWS_STREAM * model.embed_dim))
+    return round(step.width * rows * (step.constants.rows_wide * F + step.constants.rows_stream * model.embed_dim))
 
 
 def _embedding(step: Step) -> dict[str, int]:
     """All gradients are there, the embedding's being made: rows of all tokens that share its columns, in float32."""
     model, split = step.model, step.split
-    table = Leaf(("vocab", "embed"), (model.vocab_size, model.embed_dim), "embedding", True)
+    table = Leaf(("vocab", "embed"), (model.vocab_size, model.embed_dim), "embedding", "", True)
     rows = step.apart * step.passes * model.embed_dim
     return {
         "gradients": _gradients(step) + _accumulated(step),
