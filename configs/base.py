@@ -8,6 +8,7 @@ import functools
 import itertools
 import math
 import re
+import typing
 
 from data.config import DataConfig
 from model.config import ModelConfig
@@ -16,8 +17,10 @@ from parallel.config import AxisRules, ExecutionConfig, HostsConfig, MeshAxes, M
 from parallel.records import nearest
 from parallel.topology import find
 from perf.candidates import Candidate, Precision, Step, divisors, training_meshes
-from perf.plan import Question, quickest
 from training.config import OptimConfig, TrainConfig
+
+if typing.TYPE_CHECKING:
+    from perf.plan import Question
 
 UNKNOWN_VOCABULARY = 32_768  # entries of a tokenizer that is not opened to plan a run
 EXPERTS_APART = 8  # devices that experts are spread over by mesh=auto: tokens of a round go to that many
@@ -270,6 +273,8 @@ def planned_mesh(run: RunConfig, num_devices: int, chip: Chip, slices: int = 1) 
     Where none of them fits by its arithmetic, the one that needs the least: the compiler has the last word.
     """
 
+    from perf.plan import quickest  # numpy, which no other run needs before its loop
+
     def check(candidate: Candidate) -> None:
         dataclasses.replace(run, mesh=candidate.mesh).check_devices(candidate.devices)
 
@@ -292,8 +297,10 @@ def planned_candidate(run: RunConfig, mesh: MeshConfig, slices: int = 1) -> Cand
     )
 
 
-def planned_question(run: RunConfig, num_devices: int, chip: Chip) -> Question:
+def planned_question(run: RunConfig, num_devices: int, chip: Chip) -> "Question":
     """What the planner is asked about a run whose mesh alone is open."""
+    from perf.plan import Question
+
     return Question(
         step="train",
         model=with_usual_vocabulary(run.model, run.data),

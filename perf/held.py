@@ -59,7 +59,7 @@ def serve(model: ModelConfig, candidate: Candidate, *, length: int, tokens: int)
     )
 
 
-def _whole(**kinds: float) -> dict[str, int]:
+def _whole(**kinds: int | float) -> dict[str, int]:
     return {kind: round(value) for kind, value in kinds.items()}
 
 
@@ -88,8 +88,8 @@ def _kept(model: ModelConfig, remat: str) -> float:
         "ffn_gate": F * model.gated, "ffn_up": F,
     }  # fmt: skip
     if remat == "none":
-        return D + sum(widths.values()) + 5 * D + F + 1.5 * routed
+        return float(D + sum(widths.values()) + 5 * D + F + 1.5 * routed)
     if remat == "dots":
-        return D + sum(widths.values()) + D + routed
+        return float(D + sum(widths.values()) + D + routed)
     kept = {*KEPT[remat], *model.remat_save} - {*model.remat_offload}  # type: ignore[index]
     return float(D + sum(width for name, width in widths.items() if name in kept))

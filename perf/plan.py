@@ -16,7 +16,7 @@ from parallel.chips import Chip
 from parallel.config import MeshConfig
 from perf import candidates, held, machine
 from perf.candidates import REMATS, Candidate, Check, Meshes, Precision, Step
-from perf.predict import Prediction, predict
+from perf.predict import Prediction, predict_all
 from perf.work import BYTES
 from training.config import OptimConfig, TrainConfig
 
@@ -95,24 +95,26 @@ class Answer(NamedTuple):
 
 def search(question: Question, check: Check) -> Answer:
     """The best plans; ValueError, with what would do, where there is none."""
-    found: list[Plan] = []
     refused: list[str] = []
-    tried = fitting = 0
-    best = math.inf
+    tried, ways = 0, []
     for chips in question.chips:
         for meshes in _meshes(question, chips, check):
             refused += meshes.refused
-            for candidate in meshes.allowed:
-                plans = list(_promising(question, candidate, chips, best))
-                tried, fitting = tried + 1, fitting + bool(plans)
-                best = min([best, *(_worth(plan, question) for plan in plans)])
-                found += plans
+            tried += len(meshes.allowed)
+            ways += [(list(_fitting(question, mesh)), chips) for mesh in meshes.allowed]
+    found = _promising(question, [(some, chips) for some, chips in ways if some])
     if not found:
         raise ValueError(_nothing(question, check, refused if not tried else []))
     ranked = list(_best_of(found, question))
-    others = _elsewhere(question, ranked[:ELSEWHERE])
-    front = [] if question.step == "train" else pareto(ranked)
-    return Answer(question, ranked[: question.top], _rivals(ranked, question), front, others, tried, fitting)
+    return Answer(
+        question=question,
+        plans=ranked[: question.top],
+        rivals=_rivals(ranked, question),
+        front=[] if question.step == "train" else pareto(ranked),
+        others=_elsewhere(question, ranked[:ELSEWHERE]),
+        tried=tried,
+        fitting=sum(bool(some) for some, _ in ways),
+    )
 
 
 def _rivals(ranked: Sequence[Plan], question: Question) -> list[Plan]:
@@ -132,13 +134,17 @@ def _rivals(ranked: Sequence[Plan], question: Question) -> list[Plan]:
     return list(found.values())[1 : RIVALS + 1]
 
 
-def _promising(question: Question, candidate: Candidate, chips: int, best: float) -> Iterator[Plan]:
-    """What a mesh can do, no further than its first way where that is hopeless."""
-    for one in _fitting(question, candidate):
-        plan = _plan(question, one, chips)
-        yield plan
-        if _worth(plan, question) > HOPELESS * best:
-            return
+def _promising(question: Question, ways: Sequence[tuple[list[Candidate], int]]) -> list[Plan]:
+    """What the ways of each mesh take: of each the first, and the others where that one is not hopeless."""
+    first = _plans(question, [(some[0], chips) for some, chips in ways])
+    best = min((_worth(plan, question) for plan in first), default=0.0)
+    rest = [
+        (one, chips)
+        for (some, chips), plan in zip(ways, first, strict=True)
+        if _worth(plan, question) <= HOPELESS * best
+        for one in some[1:]
+    ]
+    return first + _plans(question, rest)
 
 
 def _worth(plan: Plan, question: Question) -> float:
@@ -257,56 +263,62 @@ def _fits(question: Question, candidate: Candidate) -> bool:
 # What it takes --------------------------------------------------------------------------------------------------------
 
 
-def _plan(question: Question, candidate: Candidate, chips: int) -> Plan:
-    """A candidate, predicted and priced."""
-    model, chip, length = question.model, question.chip, question.length
-    held, first = memory(question, candidate), None
+def _plans(question: Question, ways: Sequence[tuple[Candidate, int]]) -> list[Plan]:
+    """Candidates on so many chips, predicted all at once, and priced."""
     if question.step == "serve":
-        predicted, first = _served(question, candidate)
+        predicted = _served(question, [one for one, _ in ways])
     else:
-        predicted = predict(candidates.job(candidate, model, question.step, length), chip)
-    tokens = candidate.batch * (length if question.step in ("train", "prefill") else 1)
+        jobs = [candidates.job(one, question.model, question.step, question.length) for one, _ in ways]
+        predicted = [(found, None) for found in predict_all(jobs, [question.chip] * len(jobs))]
+    return [_priced(question, one, chips, *both) for (one, chips), both in zip(ways, predicted, strict=True)]
+
+
+def _priced(question: Question, candidate: Candidate, chips: int, predicted: Prediction, first: float | None) -> Plan:
+    tokens = candidate.batch * (question.length if question.step in ("train", "prefill") else 1)
     price = None
-    if chip.price is not None:
-        price = predicted.seconds / tokens * (question.tokens or MILLION) * chips * chip.price / 3600
-    return Plan(candidate, chips, predicted, tokens, held, price, first)
+    if question.chip.price is not None:
+        hours = predicted.seconds / tokens * (question.tokens or MILLION) * chips / 3600
+        price = hours * question.chip.price
+    return Plan(candidate, chips, predicted, tokens, memory(question, candidate), price, first)
 
 
-def _served(question: Question, candidate: Candidate) -> tuple[Prediction, float]:
+def _served(question: Question, ways: Sequence[Candidate]) -> list[tuple[Prediction, float]]:
     """A token of every sequence, with the prompts that are read meanwhile; and seconds of one prompt alone.
 
     While every sequence makes its `output` tokens, as many prompts are read, each by its replica alone.
     """
-    model, chip, T, O = question.model, question.chip, question.length, question.output
-    token = predict(candidates.job(candidate, model, "decode", T + O // 2), chip)
-    one = dataclasses.replace(candidate, batch=candidate.replicas)
-    prompt = predict(candidates.job(one, model, "prefill", T), chip)
-    share = candidate.batch / candidate.replicas / O  # prompts of a replica for each token of all its sequences
+    model, T, O = question.model, question.length, question.output
+    ones = [dataclasses.replace(one, batch=one.replicas) for one in ways]
+    jobs = [candidates.job(one, model, "decode", T + O // 2) for one in ways]
+    jobs += [candidates.job(one, model, "prefill", T) for one in ones]
+    found = predict_all(jobs, [question.chip] * len(jobs))
+    pairs = zip(ways, found[: len(ways)], found[len(ways) :], strict=True)
+    return [(_mixed(token, prompt, one.batch / one.replicas / O), prompt.seconds) for one, token, prompt in pairs]
+
+
+def _mixed(token: Prediction, prompt: Prediction, share: float) -> Prediction:
+    """A token with a share of a prompt."""
+    scaled = ("seconds", "compute", "memory", "wire", "flops", "bytes", "count")
     read = [
-        part._replace(
-            name=f"prompt: {part.name}",
-            **{
-                field: getattr(part, field) * share
-                for field in ("seconds", "compute", "memory", "wire", "flops", "bytes", "count")
-            },
-        )
+        part._replace(name=f"prompt: {part.name}", **{field: getattr(part, field) * share for field in scaled})
         for part in prompt.parts
     ]
     seconds, flops = token.seconds + share * prompt.seconds, token.flops + share * prompt.flops
     mfu = (token.mfu * token.seconds + prompt.mfu * share * prompt.seconds) / seconds
     bound = max((token.seconds, token.bound), (share * prompt.seconds, prompt.bound))[1]
-    return Prediction(seconds, (*token.parts, *read), bound, flops, mfu), prompt.seconds
+    return Prediction(seconds, (*token.parts, *read), bound, flops, mfu)
 
 
 def _elsewhere(question: Question, best: Sequence[Plan]) -> list[Plan]:
     """The best of the same meshes and batches in each other precision."""
     found = []
     for precision in question.others:
-        plans = [
-            _plan(question, one, plan.chips)
+        ways = [
+            (one, plan.chips)
             for plan in best
             for one in _fitting(question, dataclasses.replace(_whole(plan.candidate), precision=precision))
         ]
+        plans = _plans(question, ways)
         found += sorted(plans, key=lambda plan: _rank(plan, question))[:1]
     return found
 
@@ -339,7 +351,8 @@ def quickest(question: Question, ways: Sequence[Candidate]) -> Candidate:
     fitting = [one for one in ways if _fits(question, one)]
     if not fitting:
         return min(ways, key=lambda one: sum(memory(question, one).values()))
-    return min((_plan(question, one, chips) for one in fitting), key=lambda plan: _rank(plan, question)).candidate
+    plans = _plans(question, [(one, chips) for one in fitting])
+    return min(plans, key=lambda plan: _rank(plan, question)).candidate
 
 
 # Where nothing fits ---------------------------------------------------------------------------------------------------
