@@ -10,11 +10,13 @@ array by array; of one layer's inner values the constants below say how many arr
 off and fitted to what the TPU compiler makes of these steps: docs/benchmarks/planner_memory.md.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from inference.config import EngineConfig
@@ -24,10 +26,15 @@ from model.parameters import abstract, summed_dims
 from parallel.config import AxisRules, ExecutionConfig
 from parallel.mesh import FSDP
 from parallel.sharding import Names, axes_of
+from parallel.topology import ALIASES, GENERATIONS
 from perf.memory import saved_by_layer
 from training.config import OptimConfig, TrainConfig
 from training.losses import part_size
 from training.optimizer import SLOWEST
+
+if TYPE_CHECKING:
+    from parallel.chips import Chip
+    from perf.work import Job
 
 
 class Constants(NamedTuple):
@@ -42,12 +49,13 @@ class Constants(NamedTuple):
     late_wide: float = 4.0  # of a token and F where attention's backward is at work and FFN's gradients still wait
     late_heads: float = 6.0  # of a token and all heads there: queries, attention's result, gradients of both
     late_stream: float = 7.0  # of a token and D there
-    head_gradient: float = 1.0  # of the table's whole gradient in float32: whether it waits for the layers' backward
+    head_gradient: float = 0.5  # of the table's whole gradient in float32: whether it waits for the layers' backward
     logits: float = 6.0  # bytes of a logit: float32, and its gradient in the type of products
 
 
 CONSTANTS = Constants()
 MARGIN = 0.03  # of the peak that must be left for a step to be said to fit
+DRIVER = 0.06  # of a GPU's memory: context, libraries and what fragments
 KINDS = ("weights", "moments", "copies", "gradients", "activations", "gathered", "layer", "logits",
          "exchange", "pipeline", "cache", "workspace")  # fmt: skip
 
@@ -58,7 +66,7 @@ class Footprint(NamedTuple):
     total: int
     parts: dict[str, int]  # a key of KINDS, where there are any bytes of it
     fits: bool  # with MARGIN to spare
-    moment: str  # loss, backward, embedding, update; serve
+    moment: str  # forward (of a pipe), loss, backward, embedding, update; serve
 
 
 class Leaf(NamedTuple):
@@ -118,8 +126,6 @@ def tiled(shape: tuple[int, ...], width: int) -> int:
 @functools.cache
 def leaves(model: ModelConfig) -> tuple[Leaf, ...]:
     """Every parameter of a model; the first call for a model takes a while, as its modules are traced."""
-    import jax
-
     shapes, names = abstract(model).shapes, abstract(model).names
     is_names = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
     pairs = zip(jax.tree.leaves_with_path(shapes), jax.tree.leaves(names, is_leaf=is_names), strict=True)
@@ -137,8 +143,6 @@ def leaves(model: ModelConfig) -> tuple[Leaf, ...]:
 
 def parameters_of(model: ModelConfig) -> tuple[Leaf, ...]:
     """As `leaves`, traced once for all ways to run the model."""
-    import dataclasses
-
     plain = {"remat": "none", "remat_save": (), "remat_offload": (), "kernels": "plain", "matmul": "float"}
     return leaves(dataclasses.replace(model, **plain, compute_dtype="float32", scan_layers=True))
 
@@ -205,6 +209,8 @@ def train_footprint(
     )
     kept = _state(step, optim)
     moments = {"loss": _loss(step), "backward": _backward(step), "embedding": _embedding(step), "update": _update(step)}
+    if stages > 1 and execution.pipeline == "circular":
+        moments["forward"] = _forward(step)
     return _largest(kept, moments, hbm)
 
 
@@ -263,19 +269,36 @@ def _layers_here(step: Step) -> int:
     return step.split.share(step.model.num_layers, "layers")
 
 
+def _saved(model: ModelConfig, width: int) -> list[tuple[Names, int]]:
+    """What a layer keeps of each token (perf/memory.py); with `none` all that a backward reads, twice where cast."""
+    if model.remat != "none":
+        return saved_by_layer(model)
+    D, N, K, H = model.embed_dim, model.num_heads, model.num_kv_heads, model.head_dim
+    F = model.shared_ffn_dim if model.num_experts else model.ffn_dim
+    heads, ffn, stream = ("seq", "act_heads"), ("seq", "act_ffn"), ("residual_seq", "act_embed")
+    norms = (4 if model.post_norms else 2) * (2 * 4 + width)  # in float32 before and after, and as it goes on
+    found: list[tuple[Names, int]] = [(stream, norms * D), (heads, 2 * width * (N + K) * H + 4 * N)]
+    found.append((ffn, width * F * (6 if model.gated else 3)))
+    return [*found, (heads, 2 * 4 * (N + K) * H)] if model.qk_norm else found
+
+
 def _activations(step: Step, rows: int) -> int:
     """What layers keep of `rows` sequences for the backward pass."""
     bytes_ = 0
-    for (seq, wide), size in saved_by_layer(step.model):
+    for (seq, wide), size in _saved(step.model, step.width):
         tokens = rows * step.split.share(step.train.seq_len, seq)
         bytes_ += tokens * step.split.share(size, wide)
     return _layers_here(step) * bytes_
 
 
 def _kept(step: Step) -> dict[str, int]:
-    """Activations of all layers that a device has, and the inputs of its pipe's stages."""
+    """Activations of all layers that a device has, and the inputs of its pipe's stages.
+
+    Weights that are gathered outside of a `jax.checkpoint` are kept, too.
+    """
     if step.stages == 1:
-        return {"activations": _activations(step, step.rows)}
+        whole = _all_gathered(step) if step.model.remat == "none" else 0
+        return {"activations": _activations(step, step.rows), "gathered": whole}
     stream = step.apart * step.model.embed_dim * step.width
     execution, stages = step.execution, step.stages
     if execution.pipeline == "1f1b":
@@ -284,7 +307,22 @@ def _kept(step: Step) -> dict[str, int]:
     ticks = step.passes * execution.repeats + stages - 1
     if execution.repeats > 1:
         return {"activations": _activations(step, step.rows) // execution.repeats, "pipeline": ticks * stream}
-    return {"activations": ticks * _activations(step, step.rows), "pipeline": 2 * step.passes * stream}
+    return {"activations": ticks * _activations(step, step.rows), "pipeline": (step.passes + stages) * stream}
+
+
+def _all_gathered(step: Step) -> int:
+    """The weights of all layers that a device has, whole."""
+    return step.width * _layers_here(step) * sum(size for part in _grown(step).values() for size in part)
+
+
+def _forward(step: Step) -> dict[str, int]:
+    """The last tick of a pipe: it has activations of its own before they join the others', and all weights whole.
+
+    Gathering them does not depend on the tick, so jax moves it out of the loop.
+    """
+    parts = {"copies": _copies(step), **_kept(step), "gathered": _all_gathered(step), "workspace": _turned(step)}
+    inner = step.tokens * step.split.share(step.model.num_heads, "act_heads") * step.model.head_dim * 8
+    return parts | {"activations": parts["activations"] + _activations(step, step.rows), "layer": inner}
 
 
 def _table(step: Step) -> tuple[int, int]:
@@ -311,16 +349,18 @@ def _finished_rows(step: Step) -> int:
 
 def _loss(step: Step) -> dict[str, int]:
     """All activations wait, logits of a part are there, the table is gathered and its gradient summed."""
-    model, train, width = step.model, step.train, step.width
+    model, train, width, kept = step.model, step.train, step.width, _kept(step)
     rows, length = _finished_rows(step), step.split.share(train.seq_len, "seq")
     mine, whole = _table(step)
     stream = rows * length * model.embed_dim * width
     V = step.split.share(model.vocab_size, "vocab")
     if train.loss == "vocabulary":
         size = part_size(V, train.loss_chunk)
-        part = size * model.embed_dim
-        logits = round(step.constants.logits * rows * length * size) + 4 * rows * length * model.embed_dim + 2 * stream
-        gathered, sums = 2 * width * part, width * mine
+        part = width * size * model.embed_dim
+        first, second = (4 * rows * length * size, part), (width * rows * length * size, 2 * part)  # of the two rounds
+        logits, gathered = max(first, second, key=sum)
+        logits += 4 * rows * length * model.embed_dim + 2 * stream
+        sums = width * mine
     else:
         chunk = min(train.loss_chunk, length)
         logits = round(step.constants.logits * rows * chunk * V) + 3 * stream
@@ -328,20 +368,20 @@ def _loss(step: Step) -> dict[str, int]:
     return {
         "copies": _copies(step),
         "gradients": sums + _accumulated(step),
-        "gathered": gathered,
         "logits": logits,
         "workspace": _turned(step),
-        **_kept(step),
+        **kept,
+        "gathered": gathered + kept.get("gathered", 0),
     }
 
 
 def _backward(step: Step) -> dict[str, int]:
     """The layers' gradients have their places, and one layer is at work."""
+    if step.stages > 1 and step.execution.pipeline == "1f1b":
+        return _tick(step)
     mine, whole = _table(step)
     head = step.width * mine if step.train.loss == "vocabulary" else round(step.constants.head_gradient * 4 * whole)
     gradients = _gradients(step, "layers", "dense_layers") + head + _accumulated(step)
-    if step.stages > 1 and step.execution.pipeline == "1f1b":
-        gradients += 4 * step.numbers("layers", "embedding", "head")
     stream = _finished_rows(step) * step.split.share(step.train.seq_len, "residual_seq") * step.model.embed_dim
     kept = _kept(step)
     kept["pipeline"] = kept.get("pipeline", 0) + (stream * step.width if step.stages > 1 else 0)
@@ -352,8 +392,22 @@ def _backward(step: Step) -> dict[str, int]:
         "workspace": _turned(step),
         **kept,
     }
+    if step.stages > 1:  # the tick's own activations, taken out of all ticks', and its gradients
+        before["activations"] += _activations(step, step.rows)
+        before["gradients"] += _gradients(step, "layers")
     inner = max(_ffn(step), _attention(step), key=lambda parts: sum(parts.values()))
     return {kind: before.get(kind, 0) + inner.get(kind, 0) for kind in before | inner}
+
+
+def _tick(step: Step) -> dict[str, int]:
+    """Of one forward, one backward: sums in float32, and either a stage at work or its gradients being added."""
+    sums = 4 * step.numbers("layers", "embedding", "head", "norm")
+    inner = max(_ffn(step), _attention(step), key=lambda parts: sum(parts.values()))
+    working = inner | {"gradients": _gradients(step, "layers"), "activations": _activations(step, step.rows)}
+    adding = {"gradients": 4 * step.numbers("layers")}
+    more = max(working, adding, key=lambda parts: sum(parts.values()))
+    held = {"copies": _copies(step), "pipeline": _kept(step)["pipeline"], "workspace": _turned(step)}
+    return held | more | {"gradients": sums + _accumulated(step) + more["gradients"]}
 
 
 def _grown(step: Step) -> dict[str, list[int]]:
@@ -372,7 +426,8 @@ def _ffn(step: Step) -> dict[str, int]:
     sizes = [size for part in grown.values() for size in part]
     F = step.split.share(model.shared_ffn_dim if model.num_experts else model.ffn_dim, "act_ffn")
     numbers = constants.wide * step.tokens * F + constants.stream * step.apart * model.embed_dim
-    gathered = constants.gathered * sum(sizes) + constants.whole_gradients * max(sizes, default=0)
+    again = 0 if "gathered" in _kept(step) and _kept(step)["gathered"] else constants.gathered
+    gathered = again * sum(sizes) + constants.whole_gradients * max(sizes, default=0)
     return {
         "gathered": round(step.width * gathered),
         "layer": round(step.width * numbers),
@@ -462,3 +517,49 @@ def serve_footprint(
         {"serve": {"layer": layer, "logits": logits}},
         hbm,
     )
+
+
+# Jobs -----------------------------------------------------------------------------------------------------------------
+
+
+def footprint(job: "Job", chip: "Chip") -> Footprint:
+    """Of one of perf/work.py's jobs, run as this project runs it, on one device of a chip."""
+    from perf.work import BYTES
+
+    layout, hbm = job.layout, usable(chip)
+    apart = math.gcd(layout.fsdp, layout.expert)  # of the experts' axis, which lies among fsdp and data
+    sizes = {
+        "data": max(layout.data // (layout.expert // apart), 1),
+        "fsdp": layout.fsdp // apart,
+        "expert": layout.expert,
+        "tensor": layout.tensor,
+        "pipe": layout.pipe,
+        "context": layout.context,
+    }
+    dtype = "float32" if job.compute == "fp32" else "bfloat16"
+    model = dataclasses.replace(job.model, remat=job.remat, compute_dtype=dtype)
+    if job.kind != "train":
+        return serve_footprint(
+            model,
+            sizes,
+            step="prefill" if job.kind == "prefill" else "decode",
+            batch=-(-job.batch // layout.replicas),
+            length=job.length + job.output,
+            hbm=hbm,
+            weight_bytes=BYTES[job.weights],
+            cache_bytes=BYTES[job.cache],
+        )
+    in_pipe = layout.pipe > 1
+    execution = ExecutionConfig(microbatches=job.microbatches if in_pipe else 0, repeats=layout.virtual)
+    accumulate = 1 if in_pipe else job.microbatches
+    train = TrainConfig(steps=1, batch_size=job.batch, seq_len=job.length, accumulate=accumulate)
+    return train_footprint(model, sizes, train=train, execution=execution, hbm=hbm)
+
+
+def usable(chip: "Chip") -> int:
+    """Bytes of a device's memory that a program may use: as the TPU compiler says, else all but the driver's part."""
+    name = chip.name.removeprefix("TPU ")
+    generation = GENERATIONS.get(ALIASES.get(name, name))
+    if generation is not None:
+        return int(generation.hbm_gib * 2**30)
+    return int(chip.hbm_bytes / chip.devices_per_chip * (1 if name.startswith("v") else 1 - DRIVER))

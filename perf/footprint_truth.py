@@ -58,8 +58,7 @@ class Case(NamedTuple):
 
 def read(path: pathlib.Path = TABLE) -> list[Case]:
     """All rows of a table."""
-    with path.open(newline="") as file:
-        return [case_of(row) for row in csv.DictReader(file)]
+    return [case_of(row) for row in rows_of(path)]
 
 
 def case_of(row: dict[str, str]) -> Case:
@@ -138,27 +137,41 @@ def main(path: pathlib.Path) -> int:
     """Compile the first row without an answer, then the next; -> how many the compiler refused to compile."""
     refused = set()
     while True:
-        with path.open(newline="") as file:  # again for each: rows may be added meanwhile
-            rows = list(csv.DictReader(file))
-        texts = [tuple(row[name] for name in ASKED) for row in rows]
-        todo = [at for at, row in enumerate(rows) if not row["peak_bytes"] and texts[at] not in refused]
+        rows = rows_of(path)
+        todo = [row for row in rows if not row["peak_bytes"] and asked(row) not in refused]
         if not todo:
             return len(refused)
-        row = rows[todo[0]]
-        print(" ".join(texts[todo[0]]), file=sys.stderr, flush=True)
+        row = todo[0]
+        print(*asked(row), file=sys.stderr, flush=True)
         try:
-            row |= answer(case_of(row))
+            found = answer(case_of(row))
         except ValueError as error:
             print(f"  {error}", file=sys.stderr, flush=True)
-            refused.add(texts[todo[0]])
+            refused.add(asked(row))
             continue
-        print(f"  {int(row['peak_bytes']) / 2**30:.3f} GiB, fits: {row['fits']}", file=sys.stderr, flush=True)
-        part = path.with_suffix(".partial")
-        with part.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*ASKED, *ANSWER], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        part.replace(path)
+        print(f"  {int(found['peak_bytes']) / 2**30:.3f} GiB, fits: {found['fits']}", file=sys.stderr, flush=True)
+        write(path, [each | found if asked(each) == asked(row) else each for each in rows_of(path)])
+
+
+def asked(row: dict[str, str]) -> tuple[str, ...]:
+    """What makes a row another one."""
+    return tuple(row[name] for name in ASKED)
+
+
+def rows_of(path: pathlib.Path) -> list[dict[str, str]]:
+    """As text; read again for each row, for some may be added meanwhile."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write(path: pathlib.Path, rows: list[dict[str, str]]) -> None:
+    """In place of what is there, never half of it."""
+    part = path.with_suffix(".partial")
+    with part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*ASKED, *ANSWER], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    part.replace(path)
 
 
 if __name__ == "__main__":
