@@ -16,34 +16,11 @@ from model.config import ModelConfig
 from parallel import chips
 from perf.work import BYTES, Job, Layout
 
-COLUMNS = [
-    "id",
-    "kind",
-    "source",
-    "chip",
-    "num_chips",
-    "model",
-    "params_B",
-    "layers",
-    "d_model",
-    "n_heads",
-    "n_kv_heads",
-    "d_ff",
-    "vocab",
-    "seq_len",
-    "output_len",
-    "global_batch",
-    "microbatch",
-    "dtype_weights",
-    "dtype_act",
-    "parallelism",
-    "remat",
-    "metric",
-    "value",
-    "also_reported",
-    "arch",
-    "notes",
-]
+COLUMNS = (
+    "id", "kind", "source", "chip", "num_chips", "model", "params_B", "layers", "d_model", "n_heads", "n_kv_heads",
+    "d_ff", "vocab", "seq_len", "output_len", "global_batch", "microbatch", "dtype_weights", "dtype_act",
+    "parallelism", "remat", "metric", "value", "also_reported", "arch", "notes",
+)  # fmt: skip
 NEEDED = ("kind", "source", "chip", "metric", "value")
 
 NUMBERS = {
@@ -104,7 +81,7 @@ class Measurement(NamedTuple):
         return _seconds(self, self.job, value)
 
 
-class Unmodelled(Exception):
+class UnmodelledError(Exception):
     """A row that cannot be a job; says why."""
 
 
@@ -131,7 +108,7 @@ def _measurement(path: pathlib.Path, number: int, row: dict[str, Any]) -> Measur
     num_chips = int(_number(where, row, "num_chips") or 0)
     try:
         job, reason = _job(where, row, num_chips), ""
-    except Unmodelled as why:
+    except UnmodelledError as why:
         job, reason = None, str(why)
     found = Measurement(row, number, row["chip"], num_chips, row["metric"], value, job, reason)
     if job is not None and row["metric"] not in METRICS:
@@ -152,7 +129,7 @@ def _number(where: str, row: dict[str, str], name: str) -> float:
     return value
 
 
-# Jobs ------------------------------------------------------------------------------------------------------------------
+# Jobs ----------------------------------------------------------------------------------------------------------------
 
 
 def _job(where: str, row: dict[str, str], num_chips: int) -> Job:
@@ -160,17 +137,17 @@ def _job(where: str, row: dict[str, str], num_chips: int) -> Job:
         if not row[name]:
             known = KNOWN.get(row["model"])
             if known is None or name == "seq_len":
-                raise Unmodelled(f"{name} is not given")
+                raise UnmodelledError(f"{name} is not given")
     kind = row["kind"]
     if kind not in ("train", "prefill", "decode", "generate"):
-        raise Unmodelled(f"kind {kind} is none of train, prefill, decode, generate")
+        raise UnmodelledError(f"kind {kind} is none of train, prefill, decode, generate")
     if not num_chips:
-        raise Unmodelled("num_chips is not given")
+        raise UnmodelledError("num_chips is not given")
     stack = _stack(row)
     layout = _layout(row, num_chips)
     weights, compute = _formats(row)
     if row["remat"] not in REMAT:
-        raise Unmodelled(f"remat {row['remat']} is not known")
+        raise UnmodelledError(f"remat {row['remat']} is not known")
     length = int(_number(where, row, "seq_len"))
     job = Job(
         kind=kind,  # type: ignore[arg-type]
@@ -191,7 +168,7 @@ def _job(where: str, row: dict[str, str], num_chips: int) -> Job:
     if row["global_batch"]:
         return job
     if kind != "generate":
-        raise Unmodelled("global_batch is not given")
+        raise UnmodelledError("global_batch is not given")
     return dataclasses.replace(job, batch=saturating(job, chips.find(row["chip"])))
 
 
@@ -223,7 +200,7 @@ def _formats(row: dict[str, str]) -> tuple[str, str]:
     weights, compute = row["dtype_weights"] or "bf16", row["dtype_act"] or "bf16"
     for text in (weights, compute):
         if text not in NUMBERS:
-            raise Unmodelled(f"the number format {text} is not known")
+            raise UnmodelledError(f"the number format {text} is not known")
     return NUMBERS[weights], NUMBERS[compute]
 
 
@@ -240,7 +217,7 @@ def _layout(row: dict[str, str], chips: int) -> Layout:
     data = degrees.get("dp", 0)
     if not data or data * used != devices:
         if devices % used:
-            raise Unmodelled(f"parallelism {text} makes groups of {used}, which do not divide {devices} devices")
+            raise UnmodelledError(f"parallelism {text} makes groups of {used}, which do not divide {devices} devices")
         data = devices // used
     slices = re.match(r"(\d+)x v\w+-\d+ slices", row["notes"])
     expert = degrees.get("ep", 1)
@@ -263,7 +240,7 @@ def _model(where: str, row: dict[str, str]) -> ModelConfig:
     H = int(width[1]) if width else 64 if arch.startswith("t5") else D // N
     vocab = get("vocab")
     if not vocab:
-        raise Unmodelled("vocab is not given")
+        raise UnmodelledError("vocab is not given")
     gated = bool(re.search("swiglu|geglu|moe|mla", arch)) and not arch.startswith("t5")
     sizes: dict[str, Any] = {}
     experts = re.search(r"moe(\d+)(?:top(\d+))?", arch)
@@ -307,7 +284,7 @@ KNOWN = {
 }  # fmt: skip
 
 
-# Metrics ---------------------------------------------------------------------------------------------------------------
+# Metrics -------------------------------------------------------------------------------------------------------------
 
 
 def _seconds(found: Measurement, job: Job, value: float) -> float:

@@ -13,9 +13,10 @@ from model.config import ModelConfig
 from perf.constants import STACKS
 from perf.work import BYTES, Job
 
+Size = int | float  # a count, or an average of counts
 OpKind = Literal["matmul", "attention", "vector", "collective"]
 
-# How a run uses each microbatch again: passes over a layer besides forward and backward, of its matmuls and of the rest.
+# What a run computes again: passes over a layer besides forward and backward, of its matmuls and of the rest.
 REMAT = {"none": (0.0, 0.0), "minimal": (0.0, 1.0), "dots": (0.0, 1.0), "attention": (0.8, 1.0), "full": (1.0, 1.0)}
 
 ACTIVATION = 2.0  # bytes of a number between operations, where matmuls take 16 bits or less
@@ -46,7 +47,7 @@ def operations(job: Job) -> list[Operation]:
     return {"train": _train, "prefill": _prefill, "decode": _decode, "generate": _generate}[job.kind](job)
 
 
-# Parts -----------------------------------------------------------------------------------------------------------------
+# Parts ---------------------------------------------------------------------------------------------------------------
 
 
 class _Block(NamedTuple):
@@ -58,7 +59,7 @@ class _Block(NamedTuple):
     past: float  # keys in the cache of a sequence
 
 
-def _matmul(job: Job, name: str, rows: float, inner: float, columns: float, count: float = 1.0) -> Operation:
+def _matmul(job: Job, name: str, rows: Size, inner: Size, columns: Size, count: Size = 1.0) -> Operation:
     """[M, K] x [K, N], with the weight kept as the job keeps weights."""
     number = job.compute
     activation = _activation(job)
@@ -69,15 +70,15 @@ def _matmul(job: Job, name: str, rows: float, inner: float, columns: float, coun
     )
 
 
-def _activation(job: Job) -> float:
+def _activation(job: Job) -> Size:
     return 4.0 if job.compute == "fp32" else ACTIVATION
 
 
-def _vector(job: Job, name: str, numbers: float, count: float = 1.0) -> Operation:
+def _vector(job: Job, name: str, numbers: Size, count: Size = 1.0) -> Operation:
     return Operation(name, "vector", bytes=_activation(job) * numbers, count=count)
 
 
-def _layer_matmuls(job: Job, tokens: float, sparse: bool) -> list[Operation]:
+def _layer_matmuls(job: Job, tokens: Size, sparse: bool) -> list[Operation]:
     """Products of one layer's forward."""
     model, t = job.model, job.layout.tensor
     D, N, K, H = model.embed_dim, model.num_heads, max(model.num_kv_heads / t, 1) * t, model.head_dim
@@ -98,7 +99,7 @@ def _layer_matmuls(job: Job, tokens: float, sparse: bool) -> list[Operation]:
     return found + _expert_matmuls(job, tokens)
 
 
-def _latent_matmuls(job: Job, tokens: float) -> list[Operation]:
+def _latent_matmuls(job: Job, tokens: Size) -> list[Operation]:
     """Multi-head latent attention: narrow products whole on every device, wide ones split by heads."""
     model, t = job.model, job.layout.tensor
     D, N, H, R, Q = model.embed_dim, model.num_heads, model.head_dim, model.kv_rank, model.q_rank
@@ -113,7 +114,7 @@ def _latent_matmuls(job: Job, tokens: float) -> list[Operation]:
     ]
 
 
-def _expert_matmuls(job: Job, tokens: float) -> list[Operation]:
+def _expert_matmuls(job: Job, tokens: Size) -> list[Operation]:
     """Router, routed and shared experts: each device has E/e experts, and gets as many rows as it sends."""
     model, t, e = job.model, job.layout.tensor, job.layout.expert
     D, E, A, F = model.embed_dim, model.num_experts, model.experts_per_token, model.expert_ffn_dim
@@ -147,12 +148,12 @@ def _attention(job: Job, block: _Block, is_fused: bool) -> list[Operation]:
     return found
 
 
-def _cached_numbers(model: ModelConfig, kv_heads: float) -> float:
+def _cached_numbers(model: ModelConfig, kv_heads: Size) -> Size:
     """Of one token, one layer."""
     return model.kv_rank + model.rope_dim if model.kv_rank else 2 * kv_heads * model.head_dim
 
 
-def _layer_vectors(job: Job, tokens: float, sparse: bool) -> list[Operation]:
+def _layer_vectors(job: Job, tokens: Size, sparse: bool) -> list[Operation]:
     """Norms, residuals, rotations, the nonlinearity; of experts also sorting rows to them and back."""
     model, t = job.model, job.layout.tensor
     D, N, K, H = model.embed_dim, model.num_heads / t, model.num_kv_heads / t, model.head_dim
@@ -179,7 +180,7 @@ def _casts(job: Job, matmuls: list[Operation]) -> list[Operation]:
     return [Operation("casts", "vector", bytes=(2.0 + BYTES[job.compute]) * numbers)]
 
 
-def _times(ops: list[Operation], count: float) -> list[Operation]:
+def _times(ops: list[Operation], count: Size) -> list[Operation]:
     return [op._replace(count=op.count * count) for op in ops]
 
 
@@ -200,15 +201,15 @@ def _backward(job: Job, ops: list[Operation]) -> list[Operation]:
     return found
 
 
-# Collectives -----------------------------------------------------------------------------------------------------------
+# Collectives ---------------------------------------------------------------------------------------------------------
 
 
-def _collective(name: str, axis: str, sent: float, group: int, stride: int, count: float = 1.0) -> Operation:
+def _collective(name: str, axis: str, sent: Size, group: int, stride: int, count: Size = 1.0) -> Operation:
     """A device of `group` sends that many bytes."""
     return Operation(name, "collective", wire=sent, group=group, stride=stride, axis=axis, count=count)
 
 
-def _tensor_collectives(job: Job, tokens: float, passes: float, sparse: bool) -> list[Operation]:
+def _tensor_collectives(job: Job, tokens: Size, passes: Size, sparse: bool) -> list[Operation]:
     """Two sums of activations a layer and pass, as reduce-scatter and all-gather where the sequence is split too."""
     t = job.layout.tensor
     if t == 1:
@@ -218,7 +219,7 @@ def _tensor_collectives(job: Job, tokens: float, passes: float, sparse: bool) ->
     return [_collective("sums over tensor", "tensor", sent, t, 1, sums * passes)]
 
 
-def _expert_collectives(job: Job, tokens: float, passes: float) -> list[Operation]:
+def _expert_collectives(job: Job, tokens: Size, passes: Size) -> list[Operation]:
     """Tokens to the devices of their experts, and back."""
     model, e = job.model, job.layout.expert
     if e == 1:
@@ -228,7 +229,7 @@ def _expert_collectives(job: Job, tokens: float, passes: float) -> list[Operatio
     return [_collective("tokens to experts", "expert", sent, e, 1, 2 * passes)]
 
 
-def _context_collectives(job: Job, tokens: float, passes: float) -> list[Operation]:
+def _context_collectives(job: Job, tokens: Size, passes: Size) -> list[Operation]:
     """Keys and values of the whole row, to every device that has a part of it."""
     model, layout = job.model, job.layout
     c = layout.context
@@ -239,10 +240,10 @@ def _context_collectives(job: Job, tokens: float, passes: float) -> list[Operati
     return [_collective("keys, values around", "context", sent, c, layout.tensor, passes)]
 
 
-# Steps -----------------------------------------------------------------------------------------------------------------
+# Steps ---------------------------------------------------------------------------------------------------------------
 
 
-def _kinds(model: ModelConfig) -> list[tuple[bool, float]]:
+def _kinds(model: ModelConfig) -> list[tuple[bool, Size]]:
     """Layers with a dense FFN, and with experts: whether sparse, how many."""
     if not model.num_experts:
         return [(False, model.num_layers)]
@@ -250,14 +251,11 @@ def _kinds(model: ModelConfig) -> list[tuple[bool, float]]:
     return [(False, dense), (True, model.num_layers - dense)] if dense else [(True, model.num_layers)]
 
 
-def _pairs(job: Job, new: int, past: int) -> float:
+def _pairs(job: Job, new: int, past: int) -> Size:
     """Queries and keys of a sequence, of one layer on average, on one device of `context`."""
     model = job.model
-    if job.is_causal:
-        pairs = cost.visible_keys(model, new, past) / model.num_layers
-    else:
-        pairs = float(new) * (new + past)
-    return pairs / job.layout.context
+    causal = cost.visible_keys(model, new, past) / model.num_layers
+    return (causal if job.is_causal else float(new) * (new + past)) / job.layout.context
 
 
 def _train(job: Job) -> list[Operation]:
@@ -290,7 +288,7 @@ def _named(ops: list[Operation], what: str) -> list[Operation]:
     return [op._replace(name=f"{op.name}, {what}") for op in ops]
 
 
-def _ends(job: Job, tokens: float, scored: float) -> list[Operation]:
+def _ends(job: Job, tokens: Size, scored: Size) -> list[Operation]:
     """Embedding, unembedding and, in training, the loss."""
     model, t = job.model, job.layout.tensor
     D, V = model.embed_dim, model.vocab_size
@@ -306,7 +304,7 @@ def _ends(job: Job, tokens: float, scored: float) -> list[Operation]:
     return [embedding, head, loss, *_backward(job, [head])]
 
 
-def _local_parameters(job: Job) -> tuple[float, float]:
+def _local_parameters(job: Job) -> tuple[Size, Size]:
     """Parameters of one stage and tensor part, whole over fsdp: of everything but experts, and of its own experts."""
     model, layout = job.model, job.layout
     total = cost.num_parameters(model)
@@ -350,7 +348,7 @@ def _gradients(job: Job) -> list[Operation]:
     return found
 
 
-def _forward(job: Job, block: _Block, scored: float) -> list[Operation]:
+def _forward(job: Job, block: _Block, scored: Size) -> list[Operation]:
     """One pass without gradients, through all stages."""
     fused = STACKS[job.stack].fused_attention
     found = []

@@ -6,7 +6,6 @@ Arithmetic alone: no device is looked at and nothing is compiled. Which meshes d
 """
 
 import dataclasses
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 

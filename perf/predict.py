@@ -211,10 +211,10 @@ def _prediction(table: Table, found: Times, row: int, ops: slice) -> Prediction:
         )
         for op, exposed, compute, memory, on_wire in zip(table.ops[ops], *columns, strict=True)
     ]  # fmt: skip
-    zeros = (0.0, 0.0, 0.0, 0.0, 0.0, 1.0)
+    idle = functools.partial(Part, compute=0.0, memory=0.0, wire=0.0, flops=0.0, bytes=0.0, count=1.0)
     if found.bubble[row]:
-        parts.append(Part("pipeline bubble", "bubble", float(found.bubble[row]), *zeros))
-    parts.append(Part("host and the rest", "overhead", float(found.overhead[row]), *zeros))
+        parts.append(idle("pipeline bubble", "bubble", float(found.bubble[row])))
+    parts.append(idle("host and the rest", "overhead", float(found.overhead[row])))
     flops, seconds = model_flops(job), float(found.total[row])
     peak = chip.bf16_flops * job.layout.num_devices / chip.devices_per_chip
     return Prediction(seconds, tuple(parts), _bound(table.ops[ops], parts), flops, flops / seconds / peak)

@@ -22,9 +22,9 @@ from perf.predict import times
 
 KNOWN = pathlib.Path(__file__).with_name("measurements.csv")
 SETTINGS = (
-    "kind source chip num_chips model seq_len output_len global_batch microbatch dtype_weights dtype_act parallelism "
-    "remat metric notes"
-).split()
+    "kind", "source", "chip", "num_chips", "model", "seq_len", "output_len", "global_batch", "microbatch",
+    "dtype_weights", "dtype_act", "parallelism", "remat", "metric", "notes",
+)  # fmt: skip
 
 
 class Scored(NamedTuple):

@@ -72,7 +72,7 @@ class Job:
     def at_once(self) -> float:
         """Sequences that a replica computes at once."""
         at_most = self.microbatch or (1 if self.layout.pipe > 1 and self.kind == "train" else self.sequences)
-        return min(at_most, self.sequences)
+        return float(min(at_most, self.sequences))
 
     @property
     def microbatches(self) -> int:

@@ -150,7 +150,7 @@ def test_a_row_is_what_its_words_say():
 
 
 def test_a_setting_that_is_none_is_said():
-    with pytest.raises(ValueError, match="remta.*no fields"):
+    with pytest.raises(ValueError, match=r"remta.*no fields"):
         row(settings="remta=full")
 
 
