@@ -67,10 +67,13 @@ def test_a_report_is_written(capsys, tmp_path):
     assert (tmp_path / "plan.html").read_text().startswith("<!doctype html>")
 
 
-def test_nothing_heavy_is_imported_to_answer():
+def test_nothing_heavy_is_imported_before_it_is_needed():
+    """A refusal answers at once, and an answer without a picture draws none."""
     code = (
         "import sys; from perf.__main__ import main; "
+        "assert main('plan llama3_2_1b --chip v5z --chips 4'.split()) == 2; "
+        "assert not {'jax', 'flax', 'matplotlib'} & sys.modules.keys(); "
         "main('plan llama3_2_1b --chip v5e --chips 4 --batch 16 --length 512 --json'.split()); "
-        "assert not {'jax', 'flax', 'matplotlib'} & sys.modules.keys()"
+        "assert 'matplotlib' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
