@@ -6,6 +6,7 @@
     python -m perf bench train|prefill|decode                              measured, beside this machine's roof
     python -m perf bench serve [--mix M] [--rate R] [--plot FILE]          requests answered, beside other ways to
     python -m perf soak --url http://127.0.0.1:8000 [--pid N]               many clients of a server on this machine
+    python -m perf score MEASUREMENTS.csv [--json]                         predicted beside published, and how wrong
     python -m perf quantize MODEL --file TEXT [--schemes int8 int4 fp8]    bytes, loss and speed of quantized weights
 
 Nothing heavy is imported before the command line is read.
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command line; exit status 2 after an error that the user can mend."""
     parser = _parser()
     asked, extra = parser.parse_known_args(arguments)  # settings may stand between options, too
-    alone = {"bench": _bench, "soak": _soak, "quantize": _quantize}
+    alone = {"bench": _bench, "soak": _soak, "quantize": _quantize, "score": _score}
     if extra and (asked.command in alone or any(word.startswith("-") for word in extra)):
         parser.error(f"unrecognized arguments: {' '.join(extra)}")
     try:
@@ -84,6 +85,10 @@ def _parser() -> argparse.ArgumentParser:
         "--rescaled", action="store_true", help="measure the model's twin, whose weights lie on no grid"
     )
     quantize.add_argument("--json", action="store_true", help="one JSON object, last on stdout")
+
+    score = commands.add_parser("score", help="predicted beside published measurements", allow_abbrev=False)
+    score.add_argument("file", type=pathlib.Path, metavar="MEASUREMENTS.csv", help="columns as perf/measurements.csv")
+    score.add_argument("--json", action="store_true", help="one JSON object, last on stdout")
 
     _add_plan(commands.add_parser("plan", help="the best meshes for some chips, by arithmetic", allow_abbrev=False))
 
@@ -254,6 +259,16 @@ def _quantize(asked: argparse.Namespace) -> int:
     )
     result = run(config, _say)
     print(json.dumps(result) if asked.json else "\n".join(quantization_lines(result)))
+    return 0
+
+
+def _score(asked: argparse.Namespace) -> int:
+    """Predict what was measured."""
+    from perf.measurements import read
+    from perf.score import lines, report, score
+
+    rows = score(read(asked.file))
+    print(json.dumps(report(rows)) if asked.json else "\n".join(lines(rows)))
     return 0
 
 
