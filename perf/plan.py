@@ -6,6 +6,7 @@ Arithmetic alone: no device is looked at and nothing is compiled. Which meshes d
 """
 
 import dataclasses
+import functools
 import itertools
 import typing
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +15,7 @@ from typing import Literal, NamedTuple
 from model import cost
 from model.config import ModelConfig, RematKind
 from parallel.chips import Chip
-from parallel.config import MeshConfig
+from parallel.config import ExecutionConfig, MeshConfig
 from perf import candidates, held, machine
 from perf.candidates import REMATS, Candidate, Check, Meshes, Precision, Step
 from perf.predict import Prediction, predict_all
@@ -30,8 +31,9 @@ ELSEWHERE = 24  # of the best plans, whose meshes are tried in other numbers, to
 BATCH_TOKENS = 2**24  # of the largest batch that is tried unasked: arXiv:2407.21783, section 3.4.1, has 16M
 DEVICE_TOKENS = 2**16  # of it on one device
 HOPELESS = 1.6  # times the best: computing again takes a third, and coarser parts save less
-BELOW, ABOVE = 0.8, 1.15  # of the rough count: what a step may need, and what it surely does not exceed
-TOLD = 32  # plans that are confirmed at least
+BELOW, ABOVE = 0.65, 1.15  # of the rough count: what a step may need, and what it surely does not exceed
+ABOVE_NONE = 1.7  # where all of a layer is kept
+TOLD = {"train": 14, "prefill": 48, "decode": 48, "serve": 48}  # plans that are confirmed: some more than are shown
 FEW = 8  # ways whose need is counted closely where none fits
 MARGIN = 0.03  # that perf/footprint.py wants left
 ROWS = 1024  # sequences of a serving replica, at most
@@ -111,7 +113,7 @@ def search(question: Question, check: Check) -> Answer:
             tried += len(meshes.allowed)
             ways += [(list(_fitting(question, mesh)), chips) for mesh in meshes.allowed]
     found = _promising(question, [(some, chips) for some, chips in ways if some])
-    ranked = list(itertools.islice(_best_of(found, question), max(question.top, TOLD)))
+    ranked = list(itertools.islice(_best_of(found, question), max(question.top, TOLD[question.step])))
     if not ranked:
         raise ValueError(_nothing(question, check, refused if not tried else []))
     return Answer(
@@ -236,21 +238,20 @@ def rough(question: Question, candidate: Candidate) -> int:
 
 def footprint(question: Question, candidate: Candidate) -> "Footprint":
     """Bytes of a device at the peak, by perf/footprint.py: for what is told."""
-    from perf.footprint import serve_footprint, train_footprint  # jax, whose import takes longer than the search
-
-    mesh, precision, room = candidate.mesh, candidate.precision, machine.room(question.chip)
+    precision = candidate.precision
     dtype = "float32" if precision.compute == "fp32" else "bfloat16"
     model = dataclasses.replace(question.model, remat=candidate.remat, compute_dtype=dtype)
+    mesh, room = candidate.mesh, machine.room(question.chip)
     if question.step == "train":
         train = dataclasses.replace(
             question.train, batch_size=candidate.batch, seq_len=question.length, accumulate=candidate.accumulate
         )
-        return train_footprint(
-            model, mesh.axes, train=train, hbm=room, execution=candidate.execution, optim=question.optim
-        )
+        return _trained(model, mesh, train, candidate.execution, question.optim, room=room)
+    from perf.footprint import serve_footprint  # jax, whose import takes longer than the search
+
     return serve_footprint(
         model,
-        {axis: size if axis != "data" else 1 for axis, size in mesh.axes.items()},
+        mesh.axes | {"data": 1},
         step="prefill" if question.step == "prefill" else "decode",
         batch=max(candidate.batch // mesh.data, 1),
         length=question.length + question.output,
@@ -258,6 +259,16 @@ def footprint(question: Question, candidate: Candidate) -> "Footprint":
         weight_bytes=BYTES[precision.weights],
         cache_bytes=BYTES[precision.cache],
     )
+
+
+@functools.lru_cache(maxsize=4096)
+def _trained(
+    model: ModelConfig, mesh: MeshConfig, train: TrainConfig, execution: ExecutionConfig, optim: OptimConfig, *, room: int
+) -> "Footprint":
+    """A train step's, counted once whatever its numbers."""
+    from perf.footprint import train_footprint
+
+    return train_footprint(model, mesh.axes, train=train, hbm=room, execution=execution, optim=optim)
 
 
 def _fitting(question: Question, candidate: Candidate) -> Iterator[Candidate]:
@@ -303,7 +314,8 @@ NONE, PERHAPS, SURE = 0, 1, 2
 def _room_for(question: Question, candidate: Candidate) -> int:
     """Whether the rough count fits, as far as it can be trusted."""
     need, room = rough(question, candidate), machine.room(question.chip)
-    return SURE if need * ABOVE <= room else PERHAPS if need * BELOW <= room else NONE
+    above = ABOVE_NONE if question.step == "train" and candidate.remat == "none" else ABOVE
+    return SURE if need * above <= room else PERHAPS if need * BELOW <= room else NONE
 
 
 def _confirmed(question: Question, plan: Plan) -> Plan | None:
