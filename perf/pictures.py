@@ -339,7 +339,7 @@ def measured(rows: Sequence[Mapping[str, Any]]) -> Figure:
             edgecolor="white", linewidth=0.5, label=label,
         )  # fmt: skip
     axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high), aspect="equal")
-    axes.set(xlabel="measured, seconds", ylabel="predicted, seconds")
+    axes.set(xlabel="measured, in the unit of each row", ylabel="predicted")
     axes.set_title("Predicted beside measured")
     axes.legend(frameon=False, fontsize=9, loc="upper left")
     return figure

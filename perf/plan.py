@@ -179,7 +179,8 @@ def _rank(plan: Plan, question: Question) -> tuple:
     """The less the better; what is equal goes by simplicity, so that every process and every day agree."""
     sizes = plan.candidate.mesh.axes
     worth = float(f"{_worth(plan, question):.6g}")
-    return worth, plan.chips, sum(size > 1 for size in sizes.values()), plan.hbm_bytes, tuple(sizes.values())
+    again = -REMATS.index(plan.candidate.remat)  # where it costs no time it saves room
+    return worth, plan.chips, sum(size > 1 for size in sizes.values()), again, tuple(sizes.values())
 
 
 def _meshes(question: Question, chips: int, check: Check) -> Iterator[Meshes]:

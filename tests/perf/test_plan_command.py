@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from perf import report
 from perf.__main__ import main
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -58,7 +59,8 @@ def test_what_a_user_can_mend_is_one_line_and_status_2(capsys, words, message):
     assert message in error
 
 
-def test_a_report_is_written(capsys, tmp_path):
+def test_a_report_is_written(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "scored", lambda: [])  # fits the constants again and again
     status, _, said = asked(
         capsys, f"llama3_2_1b --chip v5e --chips 4 --batch 16 --length 512 --report {tmp_path / 'plan.html'}"
     )
