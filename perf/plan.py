@@ -264,7 +264,13 @@ def footprint(question: Question, candidate: Candidate) -> "Footprint":
 
 @functools.lru_cache(maxsize=4096)
 def _trained(
-    model: ModelConfig, mesh: MeshConfig, train: TrainConfig, execution: ExecutionConfig, optim: OptimConfig, *, room: int
+    model: ModelConfig,
+    mesh: MeshConfig,
+    train: TrainConfig,
+    execution: ExecutionConfig,
+    optim: OptimConfig,
+    *,
+    room: int,
 ) -> "Footprint":
     """A train step's, counted once whatever its numbers."""
     from perf.footprint import train_footprint
