@@ -31,19 +31,9 @@ COLOURS = {
     "overhead": "#D8D8D8",
 }  # fmt: skip
 MEMORY = (
-    "#0072B2",
-    "#56B4E9",
-    "#E69F00",
-    "#009E73",
-    "#CC79A7",
-    "#F0E442",
-    "#B0B0B0",
-    "#D55E00",
-    "#8C564B",
-    "#17BECF",
-    "#999933",
-    "#44AA99",
-)
+    "#0072B2", "#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#B0B0B0", "#D55E00", "#8C564B", "#17BECF",
+    "#999933", "#44AA99",
+)  # fmt: skip
 INK, GRID = "#222222", "#e6e6e6"
 STYLE: Any = {
     "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": GRID,

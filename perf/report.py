@@ -159,7 +159,7 @@ def _figures(answer: Answer, points: Sequence[Point], rows: Sequence[Mapping[str
     if rows:
         yield _figure(
             pictures.measured(rows),
-            "How far to trust this: the same arithmetic beside what others published, each row predicted without its source.",
+            "How far to trust this: the same arithmetic beside what others published, each row without its own source.",
         )
 
 
