@@ -177,7 +177,7 @@ def timeline(plan: Plan) -> Figure:
     """A step as it is spent, and the network beside it: what it moves meanwhile, and what the step waits for."""
     figure, axes = plt.subplots(figsize=(11, 3.2), layout="constrained")
     scale, unit = unit_of(plan.seconds)
-    shown = [piece for piece in pieces(plan.prediction.parts) if piece.seconds or piece.wire]
+    shown = [piece for piece in pieces(plan.prediction.parts) if piece.seconds > 0 or piece.wire]
     at = 0.0
     busy = sum(piece.seconds for piece in shown if piece.kind != "collective")
     hidden = sum(max(piece.wire - piece.seconds, 0.0) for piece in shown if piece.kind == "collective")
