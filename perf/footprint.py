@@ -333,11 +333,10 @@ def _table(step: Step) -> tuple[int, int]:
 
 
 def _turned(step: Step) -> int:
-    """The embedding in float32 once more where rows that are no whole tiles are looked up: it is laid out anew."""
-    V, D = step.split.local(
-        Leaf(("vocab", "embed"), (step.model.vocab_size, step.model.embed_dim), "embedding", "", True)
-    )
-    return 4 * V * -(-D // 128) * 128 if D % 128 and D > 128 else 0
+    """The embedding in float32 once more, where its rows are whole but no whole tiles: it is laid out anew."""
+    V, D = step.model.vocab_size, step.model.embed_dim
+    here, columns = step.split.local(Leaf(("vocab", "embed"), (V, D), "embedding", "", True))
+    return 4 * here * -(-D // 128) * 128 if columns == D and D % 128 else 0
 
 
 def _finished_rows(step: Step) -> int:
