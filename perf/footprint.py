@@ -45,11 +45,11 @@ class Constants(NamedTuple):
     wide: float = 2.0  # of a token and F beside these: gate, up, their product and gradients, as one takes a place
     stream: float = 7.2  # of a token and D beside these: the layer's input, norms, what is added, gradients
     rows_wide: float = 3.0  # of a row sent to experts and their F
-    rows_stream: float = 2.0  # of such a row and D
+    rows_stream: float = 4.0  # of such a row and D
     late_wide: float = 4.0  # of a token and F where attention's backward is at work and FFN's gradients still wait
     late_heads: float = 6.0  # of a token and all heads there: queries, attention's result, gradients of both
     late_stream: float = 7.0  # of a token and D there
-    head_gradient: float = 0.5  # of the table's whole gradient in float32: whether it waits for the layers' backward
+    head_gradient: float = 0.8  # of the table's whole gradient in float32: whether it waits for the layers' backward
     logits: float = 6.0  # bytes of a logit: float32, and its gradient in the type of products
 
 
@@ -312,7 +312,7 @@ def _kept(step: Step) -> dict[str, int]:
 
 def _all_gathered(step: Step) -> int:
     """The weights of all layers that a device has, whole."""
-    return step.width * _layers_here(step) * sum(size for part in _grown(step).values() for size in part)
+    return step.width * _layers_here(step) * sum(_sizes(step))
 
 
 def _forward(step: Step) -> dict[str, int]:
@@ -391,6 +391,8 @@ def _backward(step: Step) -> dict[str, int]:
         "workspace": _turned(step),
         **kept,
     }
+    if step.model.num_dense_layers == 1:  # a loop of one turn is none: its gathered weights wait for the backward pass
+        before["gathered"] = before.get("gathered", 0) + step.width * sum(_sizes(step, "dense_layers"))
     if step.stages > 1:  # the tick's own activations, taken out of all ticks', and its gradients
         before["activations"] += _activations(step, step.rows)
         before["gradients"] += _gradients(step, "layers")
@@ -409,20 +411,19 @@ def _tick(step: Step) -> dict[str, int]:
     return held | more | {"gradients": sums + _accumulated(step) + more["gradients"]}
 
 
-def _grown(step: Step) -> dict[str, list[int]]:
-    """Numbers of one layer's matrices that are gathered, by the part of the layer."""
-    found: dict[str, list[int]] = {}
+def _sizes(step: Step, stack: str = "layers", part: str = "") -> list[int]:
+    """Numbers of one layer's matrices that are gathered; `part` is attention or ffn."""
+    found = []
     for leaf in step.leaves:
         whole = step.split.local(leaf, gathered=True)[1:]
-        if leaf.stack == "layers" and leaf.is_cast and whole != step.split.local(leaf)[1:]:
-            found.setdefault(leaf.part, []).append(math.prod(whole))
+        if leaf.stack == stack and leaf.is_cast and part in leaf.part and whole != step.split.local(leaf)[1:]:
+            found.append(math.prod(whole))
     return found
 
 
 def _ffn(step: Step) -> dict[str, int]:
     """The FFN's backward pass: gathered weights, gradients of them before they are scattered, inner values."""
-    constants, model, grown = step.constants, step.model, _grown(step)
-    sizes = [size for part in grown.values() for size in part]
+    constants, model, sizes = step.constants, step.model, _sizes(step)
     F = step.split.share(model.shared_ffn_dim if model.num_experts else model.ffn_dim, "act_ffn")
     numbers = constants.wide * step.tokens * F + constants.stream * step.apart * model.embed_dim
     again = 0 if "gathered" in _kept(step) and _kept(step)["gathered"] else constants.gathered
@@ -441,7 +442,7 @@ def _attention(step: Step) -> dict[str, int]:
     heads = split.share(model.num_heads, "act_heads") * -(-model.head_dim // 128) * 128
     numbers = constants.late_wide * step.tokens * F + constants.late_heads * step.tokens * heads
     numbers += constants.late_stream * step.apart * model.embed_dim
-    gathered = sum(_grown(step).get("attention", []))
+    gathered = sum(_sizes(step, part="attention"))
     return {"gathered": round(step.width * gathered), "layer": round(step.width * numbers)}
 
 
@@ -508,12 +509,13 @@ def serve_footprint(
     cache = 2 * model.num_layers * blocks * K * options.block_size * H * (cache_bytes or width)
     rows = R if step == "decode" else min(length, TILE * power_of_two(max(1, options.chunk // TILE)))
     chosen = R if step == "decode" else rows // TILE
+    table = 4 * split.share(V, "vocab") * -(-model.embed_dim // 128) * 128  # looked up in float32, all of D
     F = split.share(max(model.ffn_dim, model.shared_ffn_dim), "act_ffn")
     layer = rows * (4 * F + 8 * model.embed_dim) * width
     logits = 4 * 4 * chosen * V
     return _largest(
         {"weights": weights, "cache": round(cache), "workspace": slots},
-        {"serve": {"layer": layer, "logits": logits}},
+        {"serve": {"layer": layer, "logits": logits}, "embedding": {"gathered": table}},
         hbm,
     )
 
