@@ -54,7 +54,7 @@ class Constants(NamedTuple):
 
 
 CONSTANTS = Constants()
-MARGIN = 0.03  # of the peak that must be left for a step to be said to fit
+MARGIN = 0.06  # of the peak that must be left for a step to be said to fit
 DRIVER = 0.06  # of a GPU's memory: context, libraries and what fragments
 KINDS = ("weights", "moments", "copies", "gradients", "activations", "gathered", "layer", "logits",
          "exchange", "pipeline", "cache", "workspace")  # fmt: skip
