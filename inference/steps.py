@@ -24,7 +24,7 @@ from ops.ragged import Blocks, Groups, Ragged
 from parallel.config import AxisRules
 from parallel.sharding import Names, fitting, place, use
 
-TILE = 32  # Q, tokens of one prompt that stand together
+TILE = 16  # Q, tokens of one prompt that stand together
 SCORED_AT_ONCE = 128  # positions whose logits exist at once, over all rows
 
 
