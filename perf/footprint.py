@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,18 +23,16 @@ from inference.config import EngineConfig
 from inference.steps import TILE, power_of_two
 from model.config import ModelConfig
 from model.parameters import abstract, summed_dims
+from parallel.chips import Chip
 from parallel.config import AxisRules, ExecutionConfig
 from parallel.mesh import FSDP
 from parallel.sharding import Names, axes_of
 from parallel.topology import ALIASES, GENERATIONS
 from perf.memory import saved_by_layer
+from perf.work import BYTES, Job
 from training.config import OptimConfig, TrainConfig
 from training.losses import part_size
 from training.optimizer import SLOWEST
-
-if TYPE_CHECKING:
-    from parallel.chips import Chip
-    from perf.work import Job
 
 
 class Constants(NamedTuple):
@@ -523,10 +521,8 @@ def serve_footprint(
 # Jobs -----------------------------------------------------------------------------------------------------------------
 
 
-def footprint(job: "Job", chip: "Chip") -> Footprint:
+def footprint(job: Job, chip: Chip) -> Footprint:
     """Of one of perf/work.py's jobs, run as this project runs it, on one device of a chip."""
-    from perf.work import BYTES
-
     layout, hbm = job.layout, usable(chip)
     apart = math.gcd(layout.fsdp, layout.expert)  # of the experts' axis, which lies among fsdp and data
     sizes = {
@@ -557,7 +553,7 @@ def footprint(job: "Job", chip: "Chip") -> Footprint:
     return train_footprint(model, sizes, train=train, execution=execution, hbm=hbm)
 
 
-def usable(chip: "Chip") -> int:
+def usable(chip: Chip) -> int:
     """Bytes of a device's memory that a program may use: as the TPU compiler says, else all but the driver's part."""
     name = chip.name.removeprefix("TPU ")
     generation = GENERATIONS.get(ALIASES.get(name, name))

@@ -15,8 +15,8 @@ from perf.footprint import CONSTANTS, KINDS, Constants, Footprint, serve_footpri
 from perf.footprint_truth import TABLE, Case, read
 from perf.tables import aligned, gib
 
-STEPS = (0.5, 0.8, 0.9, 0.97, 1.03, 1.1, 1.25, 2.0)  # times which a constant is tried
-ROUNDS = 4  # through all constants
+STEPS = (0.7, 0.85, 0.95, 1.05, 1.15, 1.4)  # times which a constant is tried
+ROUNDS = 2  # through all constants
 BOUND = 0.5  # of what a constant was read off to be: how far a fit may go from it either way
 
 

@@ -2,16 +2,17 @@
 
 import dataclasses
 import time
-from types import SimpleNamespace
 
 import pytest
 
 from model.families import llama3_1_8b
+from parallel.chips import find as find_chip
 from parallel.config import MeshConfig
 from parallel.topology import find
-from perf.footprint import KINDS, serve_footprint, tiled, train_footprint, usable
+from perf.footprint import KINDS, footprint, serve_footprint, tiled, train_footprint, usable
 from perf.footprint_fit import cross_validated, error, predicted, score, scored
 from perf.footprint_truth import case_of, changed, read
+from perf.work import Job, Layout
 from training.config import TrainConfig
 
 CASES = [case for case in read() if case.fits is not None]
@@ -116,21 +117,19 @@ def test_tiles_are_counted_where_a_dim_is_narrow():
     ("name", "gib"), [("TPU v5e", 15.75), ("TPU v5p", 95.74), ("TPU v6e", 31.25), ("TPU v7x", 94.75)]
 )
 def test_a_tpu_has_what_its_compiler_lets_a_program_use(name, gib):
-    assert usable(SimpleNamespace(name=name, hbm_bytes=0, devices_per_chip=1)) == int(gib * 2**30)  # type: ignore[arg-type]
+    assert usable(find_chip(name)) == int(gib * 2**30)
 
 
 def test_a_gpu_keeps_some_for_its_driver():
-    assert usable(SimpleNamespace(name="H100", hbm_bytes=80 * 10**9, devices_per_chip=1)) == 75_200_000_000  # type: ignore[arg-type]
+    chip = find_chip("H100-SXM-80GB")
+    assert usable(chip) == int(0.94 * chip.hbm_bytes)
 
 
 def test_a_job_is_a_step_of_its_layout():
-    work = pytest.importorskip("perf.work")
-    from perf.footprint import footprint
-
-    chip = SimpleNamespace(name="TPU v5p", hbm_bytes=0, devices_per_chip=1)
-    job = work.Job(kind="train", model=MODEL, layout=work.Layout(fsdp=64), batch=64, length=4096, remat="full")
+    chip = find_chip("TPU v5p")
+    job = Job(kind="train", model=MODEL, layout=Layout(fsdp=64), batch=64, length=4096, remat="full")
     assert footprint(job, chip) == train()
-    served = work.Job(kind="decode", model=MODEL, layout=work.Layout(tensor=8), batch=16, length=4096, cache="int8")
+    served = Job(kind="decode", model=MODEL, layout=Layout(tensor=8), batch=16, length=4096, cache="int8")
     assert footprint(served, chip).parts["cache"] == 2 * 32 * 2049 * 32 * 128
 
 
