@@ -35,7 +35,6 @@ BELOW, ABOVE = 0.65, 1.15  # of the rough count: what a step may need, and what 
 ABOVE_NONE = 1.7  # where all of a layer is kept
 TOLD = {"train": 14, "prefill": 48, "decode": 48, "serve": 48}  # plans that are confirmed: some more than are shown
 FEW = 8  # ways whose need is counted closely where none fits
-MARGIN = 0.03  # that perf/footprint.py wants left
 ROWS = 1024  # sequences of a serving replica, at most
 
 
@@ -447,6 +446,8 @@ def _nothing(question: Question, check: Check, refused: Sequence[str]) -> str:
 
 def narrowest(question: Question, check: Check) -> int | None:
     """Bytes of a device that the most frugal way needs; None where no mesh divides."""
+    from perf.footprint import MARGIN
+
     finest = []
     for chips in question.chips:
         for meshes in _meshes(question, chips, check):
