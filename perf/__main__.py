@@ -381,6 +381,7 @@ def _shardings(asked: argparse.Namespace) -> int:
 
 def _plan(asked: argparse.Namespace) -> int:
     """Rank the ways to run a step on some chips."""
+    import gc
     import time
 
     from configs.planning import Wishes, run_of
@@ -395,7 +396,11 @@ def _plan(asked: argparse.Namespace) -> int:
     names = ("step", "chip", "chips", "topology", "slices", "length", "output", "tokens", "by", "top")
     wishes = Wishes(batches=asked.batch, precisions=precisions, **{name: getattr(asked, name) for name in names})
     question, check = question_of(run, is_bare, wishes)
-    answer = search(question, check)
+    gc.disable()  # nothing that a search makes is garbage before it ends
+    try:
+        answer = search(question, check)
+    finally:
+        gc.enable()
     found: dict[str, Any] = explanation.plain(answer, run.name)
     found["seconds"] = round(time.perf_counter() - start, 3)
     if not asked.json:

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,18 +23,16 @@ from inference.config import EngineConfig
 from inference.steps import TILE, power_of_two
 from model.config import ModelConfig
 from model.parameters import abstract, summed_dims
+from parallel.chips import Chip
 from parallel.config import AxisRules, ExecutionConfig
 from parallel.mesh import FSDP
 from parallel.sharding import Names, axes_of
 from parallel.topology import ALIASES, GENERATIONS
 from perf.memory import saved_by_layer
+from perf.work import BYTES, Job
 from training.config import OptimConfig, TrainConfig
 from training.losses import part_size
 from training.optimizer import SLOWEST
-
-if TYPE_CHECKING:
-    from parallel.chips import Chip
-    from perf.work import Job
 
 
 class Constants(NamedTuple):
@@ -45,16 +43,16 @@ class Constants(NamedTuple):
     wide: float = 2.0  # of a token and F beside these: gate, up, their product and gradients, as one takes a place
     stream: float = 7.2  # of a token and D beside these: the layer's input, norms, what is added, gradients
     rows_wide: float = 3.0  # of a row sent to experts and their F
-    rows_stream: float = 2.0  # of such a row and D
+    rows_stream: float = 4.0  # of such a row and D
     late_wide: float = 4.0  # of a token and F where attention's backward is at work and FFN's gradients still wait
     late_heads: float = 6.0  # of a token and all heads there: queries, attention's result, gradients of both
     late_stream: float = 7.0  # of a token and D there
-    head_gradient: float = 0.5  # of the table's whole gradient in float32: whether it waits for the layers' backward
+    head_gradient: float = 0.8  # of the table's whole gradient in float32: whether it waits for the layers' backward
     logits: float = 6.0  # bytes of a logit: float32, and its gradient in the type of products
 
 
 CONSTANTS = Constants()
-MARGIN = 0.03  # of the peak that must be left for a step to be said to fit
+MARGIN = 0.06  # of the peak that must be left for a step to be said to fit
 DRIVER = 0.06  # of a GPU's memory: context, libraries and what fragments
 KINDS = ("weights", "moments", "copies", "gradients", "activations", "gathered", "layer", "logits",
          "exchange", "pipeline", "cache", "workspace")  # fmt: skip
@@ -312,7 +310,7 @@ def _kept(step: Step) -> dict[str, int]:
 
 def _all_gathered(step: Step) -> int:
     """The weights of all layers that a device has, whole."""
-    return step.width * _layers_here(step) * sum(size for part in _grown(step).values() for size in part)
+    return step.width * _layers_here(step) * sum(_sizes(step))
 
 
 def _forward(step: Step) -> dict[str, int]:
@@ -333,11 +331,10 @@ def _table(step: Step) -> tuple[int, int]:
 
 
 def _turned(step: Step) -> int:
-    """The embedding in float32 once more where rows that are no whole tiles are looked up: it is laid out anew."""
-    V, D = step.split.local(
-        Leaf(("vocab", "embed"), (step.model.vocab_size, step.model.embed_dim), "embedding", "", True)
-    )
-    return 4 * V * -(-D // 128) * 128 if D % 128 and D > 128 else 0
+    """The embedding in float32 once more, where its rows are whole but no whole tiles: it is laid out anew."""
+    V, D = step.model.vocab_size, step.model.embed_dim
+    here, columns = step.split.local(Leaf(("vocab", "embed"), (V, D), "embedding", "", True))
+    return 4 * here * -(-D // 128) * 128 if columns == D and D % 128 else 0
 
 
 def _finished_rows(step: Step) -> int:
@@ -392,6 +389,8 @@ def _backward(step: Step) -> dict[str, int]:
         "workspace": _turned(step),
         **kept,
     }
+    if step.model.num_dense_layers == 1:  # a loop of one turn is none: its gathered weights wait for the backward pass
+        before["gathered"] = before.get("gathered", 0) + step.width * sum(_sizes(step, "dense_layers"))
     if step.stages > 1:  # the tick's own activations, taken out of all ticks', and its gradients
         before["activations"] += _activations(step, step.rows)
         before["gradients"] += _gradients(step, "layers")
@@ -410,20 +409,19 @@ def _tick(step: Step) -> dict[str, int]:
     return held | more | {"gradients": sums + _accumulated(step) + more["gradients"]}
 
 
-def _grown(step: Step) -> dict[str, list[int]]:
-    """Numbers of one layer's matrices that are gathered, by the part of the layer."""
-    found: dict[str, list[int]] = {}
+def _sizes(step: Step, stack: str = "layers", part: str = "") -> list[int]:
+    """Numbers of one layer's matrices that are gathered; `part` is attention or ffn."""
+    found = []
     for leaf in step.leaves:
         whole = step.split.local(leaf, gathered=True)[1:]
-        if leaf.stack == "layers" and leaf.is_cast and whole != step.split.local(leaf)[1:]:
-            found.setdefault(leaf.part, []).append(math.prod(whole))
+        if leaf.stack == stack and leaf.is_cast and part in leaf.part and whole != step.split.local(leaf)[1:]:
+            found.append(math.prod(whole))
     return found
 
 
 def _ffn(step: Step) -> dict[str, int]:
     """The FFN's backward pass: gathered weights, gradients of them before they are scattered, inner values."""
-    constants, model, grown = step.constants, step.model, _grown(step)
-    sizes = [size for part in grown.values() for size in part]
+    constants, model, sizes = step.constants, step.model, _sizes(step)
     F = step.split.share(model.shared_ffn_dim if model.num_experts else model.ffn_dim, "act_ffn")
     numbers = constants.wide * step.tokens * F + constants.stream * step.apart * model.embed_dim
     again = 0 if "gathered" in _kept(step) and _kept(step)["gathered"] else constants.gathered
@@ -442,7 +440,7 @@ def _attention(step: Step) -> dict[str, int]:
     heads = split.share(model.num_heads, "act_heads") * -(-model.head_dim // 128) * 128
     numbers = constants.late_wide * step.tokens * F + constants.late_heads * step.tokens * heads
     numbers += constants.late_stream * step.apart * model.embed_dim
-    gathered = sum(_grown(step).get("attention", []))
+    gathered = sum(_sizes(step, part="attention"))
     return {"gathered": round(step.width * gathered), "layer": round(step.width * numbers)}
 
 
@@ -509,12 +507,13 @@ def serve_footprint(
     cache = 2 * model.num_layers * blocks * K * options.block_size * H * (cache_bytes or width)
     rows = R if step == "decode" else min(length, TILE * power_of_two(max(1, options.chunk // TILE)))
     chosen = R if step == "decode" else rows // TILE
+    table = 4 * split.share(V, "vocab") * -(-model.embed_dim // 128) * 128  # looked up in float32, all of D
     F = split.share(max(model.ffn_dim, model.shared_ffn_dim), "act_ffn")
     layer = rows * (4 * F + 8 * model.embed_dim) * width
     logits = 4 * 4 * chosen * V
     return _largest(
         {"weights": weights, "cache": round(cache), "workspace": slots},
-        {"serve": {"layer": layer, "logits": logits}},
+        {"serve": {"layer": layer, "logits": logits}, "embedding": {"gathered": table}},
         hbm,
     )
 
@@ -522,10 +521,8 @@ def serve_footprint(
 # Jobs -----------------------------------------------------------------------------------------------------------------
 
 
-def footprint(job: "Job", chip: "Chip") -> Footprint:
+def footprint(job: Job, chip: Chip) -> Footprint:
     """Of one of perf/work.py's jobs, run as this project runs it, on one device of a chip."""
-    from perf.work import BYTES
-
     layout, hbm = job.layout, usable(chip)
     apart = math.gcd(layout.fsdp, layout.expert)  # of the experts' axis, which lies among fsdp and data
     sizes = {
@@ -556,7 +553,7 @@ def footprint(job: "Job", chip: "Chip") -> Footprint:
     return train_footprint(model, sizes, train=train, execution=execution, hbm=hbm)
 
 
-def usable(chip: "Chip") -> int:
+def usable(chip: Chip) -> int:
     """Bytes of a device's memory that a program may use: as the TPU compiler says, else all but the driver's part."""
     name = chip.name.removeprefix("TPU ")
     generation = GENERATIONS.get(ALIASES.get(name, name))

@@ -71,11 +71,12 @@ def case_of(row: dict[str, str]) -> Case:
     model, optim, train, execution = (changed(record, given) for record in records)
     if given:
         raise ValueError(f"settings {given} of {row['model']} on {row['topology']} are no fields of the config records")
+    axes: dict[str, Any] = {"data": 1} | {axis: int(size) for axis, size in map(pair, row["mesh"].split())}
     return Case(
         name=" ".join(row[name] for name in ("model", "topology", "step", "mesh", "batch", "length", "settings")),
         step=row["step"],
         model=model,
-        mesh=MeshConfig(**{"data": 1} | {axis: int(size) for axis, size in map(pair, row["mesh"].split())}),
+        mesh=MeshConfig(**axes),
         optim=optim,
         train=train,
         execution=execution,

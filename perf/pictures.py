@@ -30,7 +30,10 @@ COLOURS = {
     "matmul": "#0072B2", "attention": "#E69F00", "vector": "#009E73", "collective": "#CC79A7", "bubble": "#B0B0B0",
     "overhead": "#D8D8D8",
 }  # fmt: skip
-MEMORY = ("#0072B2", "#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#B0B0B0", "#D55E00")
+MEMORY = (
+    "#0072B2", "#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#B0B0B0", "#D55E00", "#8C564B", "#17BECF",
+    "#999933", "#44AA99",
+)  # fmt: skip
 INK, GRID = "#222222", "#e6e6e6"
 STYLE: Any = {
     "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": GRID,
@@ -174,7 +177,7 @@ def timeline(plan: Plan) -> Figure:
     """A step as it is spent, and the network beside it: what it moves meanwhile, and what the step waits for."""
     figure, axes = plt.subplots(figsize=(11, 3.2), layout="constrained")
     scale, unit = unit_of(plan.seconds)
-    shown = [piece for piece in pieces(plan.prediction.parts) if piece.seconds or piece.wire]
+    shown = [piece for piece in pieces(plan.prediction.parts) if piece.seconds > 0 or piece.wire]
     at = 0.0
     busy = sum(piece.seconds for piece in shown if piece.kind != "collective")
     hidden = sum(max(piece.wire - piece.seconds, 0.0) for piece in shown if piece.kind == "collective")
@@ -339,7 +342,7 @@ def measured(rows: Sequence[Mapping[str, Any]]) -> Figure:
             edgecolor="white", linewidth=0.5, label=label,
         )  # fmt: skip
     axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high), aspect="equal")
-    axes.set(xlabel="measured, seconds", ylabel="predicted, seconds")
+    axes.set(xlabel="measured, in the unit of each row", ylabel="predicted")
     axes.set_title("Predicted beside measured")
     axes.legend(frameon=False, fontsize=9, loc="upper left")
     return figure

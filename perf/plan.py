@@ -6,18 +6,24 @@ Arithmetic alone: no device is looked at and nothing is compiled. Which meshes d
 """
 
 import dataclasses
+import functools
+import itertools
+import typing
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from model import cost
 from model.config import ModelConfig, RematKind
 from parallel.chips import Chip
-from parallel.config import MeshConfig
+from parallel.config import ExecutionConfig, MeshConfig
 from perf import candidates, held, machine
 from perf.candidates import REMATS, Candidate, Check, Meshes, Precision, Step
 from perf.predict import Prediction, predict_all
 from perf.work import BYTES
 from training.config import OptimConfig, TrainConfig
+
+if typing.TYPE_CHECKING:
+    from perf.footprint import Footprint
 
 MILLION = 1_000_000
 RIVALS = 4  # that are told
@@ -25,6 +31,10 @@ ELSEWHERE = 24  # of the best plans, whose meshes are tried in other numbers, to
 BATCH_TOKENS = 2**24  # of the largest batch that is tried unasked: arXiv:2407.21783, section 3.4.1, has 16M
 DEVICE_TOKENS = 2**16  # of it on one device
 HOPELESS = 1.6  # times the best: computing again takes a third, and coarser parts save less
+BELOW, ABOVE = 0.65, 1.15  # of the rough count: what a step may need, and what it surely does not exceed
+ABOVE_NONE = 1.7  # where all of a layer is kept
+TOLD = {"train": 14, "prefill": 48, "decode": 48, "serve": 48}  # plans that are confirmed: some more than are shown
+FEW = 8  # ways whose need is counted closely where none fits
 ROWS = 1024  # sequences of a serving replica, at most
 
 
@@ -102,9 +112,9 @@ def search(question: Question, check: Check) -> Answer:
             tried += len(meshes.allowed)
             ways += [(list(_fitting(question, mesh)), chips) for mesh in meshes.allowed]
     found = _promising(question, [(some, chips) for some, chips in ways if some])
-    if not found:
+    ranked = list(itertools.islice(_best_of(found, question), max(question.top, TOLD[question.step])))
+    if not ranked:
         raise ValueError(_nothing(question, check, refused if not tried else []))
-    ranked = list(_best_of(found, question))
     return Answer(
         question=question,
         plans=ranked[: question.top],
@@ -152,22 +162,24 @@ def _worth(plan: Plan, question: Question) -> float:
 
 
 def _best_of(found: Iterable[Plan], question: Question) -> Iterator[Plan]:
-    """The best of each mesh and precision, and of each batch that was asked for; the best first."""
+    """Of what fits the best of each mesh and precision, and of each batch that was asked for; the best first."""
     seen = set()
     for plan in sorted(found, key=lambda plan: _rank(plan, question)):
         one = plan.candidate
         is_open = question.step == "train" and not question.batches
         kind = (plan.chips, one.mesh, one.precision, 0 if is_open else one.batch)
-        if kind not in seen:
+        confirmed = None if kind in seen else _confirmed(question, plan)
+        if confirmed:
             seen.add(kind)
-            yield plan
+            yield confirmed
 
 
 def _rank(plan: Plan, question: Question) -> tuple:
     """The less the better; what is equal goes by simplicity, so that every process and every day agree."""
     sizes = plan.candidate.mesh.axes
     worth = float(f"{_worth(plan, question):.6g}")
-    return worth, plan.chips, sum(size > 1 for size in sizes.values()), plan.hbm_bytes, tuple(sizes.values())
+    again = -REMATS.index(plan.candidate.remat)  # where it costs no time it saves room
+    return worth, plan.chips, sum(size > 1 for size in sizes.values()), again, tuple(sizes.values())
 
 
 def _meshes(question: Question, chips: int, check: Check) -> Iterator[Meshes]:
@@ -213,50 +225,109 @@ def _served_batches(question: Question, mesh: Candidate) -> list[Candidate]:
 # What fits ------------------------------------------------------------------------------------------------------------
 
 
-def memory(question: Question, candidate: Candidate) -> dict[str, int]:
-    """Bytes of a device at the peak, by kind."""
+def rough(question: Question, candidate: Candidate) -> int:
+    """Bytes of a device at the peak, by perf/held.py: for what is tried by the thousand."""
     model, length = question.model, question.length + question.output
     if question.step == "train":
-        return held.train(model, candidate, length=length, optim=question.optim, loss=question.train)
-    tokens = question.length if question.step == "prefill" else 1
-    return held.serve(model, candidate, length=length, tokens=tokens)
+        found = held.train(model, candidate, length=length, optim=question.optim, loss=question.train)
+    else:
+        tokens = question.length if question.step == "prefill" else 1
+        found = held.serve(model, candidate, length=length, tokens=tokens)
+    return sum(found.values())
+
+
+def footprint(question: Question, candidate: Candidate) -> "Footprint":
+    """Bytes of a device at the peak, by perf/footprint.py: for what is told."""
+    precision = candidate.precision
+    dtype = "float32" if precision.compute == "fp32" else "bfloat16"
+    model = dataclasses.replace(question.model, remat=candidate.remat, compute_dtype=dtype)
+    mesh, room = candidate.mesh, machine.room(question.chip)
+    if question.step == "train":
+        train = dataclasses.replace(
+            question.train, batch_size=candidate.batch, seq_len=question.length, accumulate=candidate.accumulate
+        )
+        return _trained(model, mesh, train, candidate.execution, question.optim, room=room)
+    from perf.footprint import serve_footprint  # jax, whose import takes longer than the search
+
+    return serve_footprint(
+        model,
+        mesh.axes | {"data": 1},
+        step="prefill" if question.step == "prefill" else "decode",
+        batch=max(candidate.batch // mesh.data, 1),
+        length=question.length + question.output,
+        hbm=room,
+        weight_bytes=BYTES[precision.weights],
+        cache_bytes=BYTES[precision.cache],
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _trained(
+    model: ModelConfig,
+    mesh: MeshConfig,
+    train: TrainConfig,
+    execution: ExecutionConfig,
+    optim: OptimConfig,
+    *,
+    room: int,
+) -> "Footprint":
+    """A train step's, counted once whatever its numbers."""
+    from perf.footprint import train_footprint
+
+    return train_footprint(model, mesh.axes, train=train, hbm=room, execution=execution, optim=optim)
 
 
 def _fitting(question: Question, candidate: Candidate) -> Iterator[Candidate]:
-    """A mesh and batch in the ways that fit and that no other is sure to beat.
+    """A mesh and batch in the ways that may fit and that no other is sure to beat.
 
     What is computed again is no gain by itself, and parts are none but in a pipe: a policy that keeps less is tried
-    only for coarser parts than the one before allows.
+    only for coarser parts than the one before surely allows.
     """
     if question.step != "train":
-        if _fits(question, candidate):
+        if _room_for(question, candidate) > 0:
             yield candidate
         return
     repeats = candidates.pipe_repeats(question.model, candidate.mesh.pipe)
     ladder = list(candidates.in_parts(candidate, repeats=repeats))
-    if not ladder or not _fits(question, dataclasses.replace(ladder[-1], remat=question.remats[-1])):
+    if not ladder or not _room_for(question, dataclasses.replace(ladder[-1], remat=question.remats[-1])):
         return
     if candidate.mesh.pipe > 1:
         for rung in reversed(ladder):  # the shortest waits first
-            yield from next(([one] for one in _by_remat(question, rung) if _fits(question, one)), [])
+            yield from _until_sure(question, [dataclasses.replace(rung, remat=remat) for remat in question.remats])
         return
     end = len(ladder)
     for remat in question.remats:
-        for place, rung in enumerate(ladder[:end]):
-            one = dataclasses.replace(rung, remat=remat)
-            if _fits(question, one):
-                yield one
-                end = place
-                break
+        some = _until_sure(question, [dataclasses.replace(rung, remat=remat) for rung in ladder[:end]])
+        for one in some:
+            yield one
+            if _room_for(question, one) == SURE:
+                end = next(place for place, rung in enumerate(ladder) if rung.accumulate == one.accumulate)
 
 
-def _by_remat(question: Question, candidate: Candidate) -> Iterator[Candidate]:
-    for remat in question.remats:
-        yield dataclasses.replace(candidate, remat=remat)
+def _until_sure(question: Question, ways: Sequence[Candidate]) -> Iterator[Candidate]:
+    """Of ways that need less and less those that may fit, up to the first that surely does."""
+    for one in ways:
+        room = _room_for(question, one)
+        if room:
+            yield one
+        if room == SURE:
+            return
 
 
-def _fits(question: Question, candidate: Candidate) -> bool:
-    return sum(memory(question, candidate).values()) <= machine.room(question.chip)
+NONE, PERHAPS, SURE = 0, 1, 2
+
+
+def _room_for(question: Question, candidate: Candidate) -> int:
+    """Whether the rough count fits, as far as it can be trusted."""
+    need, room = rough(question, candidate), machine.room(question.chip)
+    above = ABOVE_NONE if question.step == "train" and candidate.remat == "none" else ABOVE
+    return SURE if need * above <= room else PERHAPS if need * BELOW <= room else NONE
+
+
+def _confirmed(question: Question, plan: Plan) -> Plan | None:
+    """A plan with its closer count of bytes; None where it does not fit."""
+    found = footprint(question, plan.candidate)
+    return plan._replace(memory=found.parts) if found.fits else None
 
 
 # What it takes --------------------------------------------------------------------------------------------------------
@@ -278,7 +349,7 @@ def _priced(question: Question, candidate: Candidate, chips: int, predicted: Pre
     if question.chip.price is not None:
         hours = predicted.seconds / tokens * (question.tokens or MILLION) * chips / 3600
         price = hours * question.chip.price
-    return Plan(candidate, chips, predicted, tokens, memory(question, candidate), price, first)
+    return Plan(candidate, chips, predicted, tokens, {}, price, first)
 
 
 def _served(question: Question, ways: Sequence[Candidate]) -> list[tuple[Prediction, float]]:
@@ -317,8 +388,7 @@ def _elsewhere(question: Question, best: Sequence[Plan]) -> list[Plan]:
             for plan in best
             for one in _fitting(question, dataclasses.replace(_whole(plan.candidate), precision=precision))
         ]
-        plans = _plans(question, ways)
-        found += sorted(plans, key=lambda plan: _rank(plan, question))[:1]
+        found += itertools.islice(_best_of(_plans(question, ways), question), 1)
     return found
 
 
@@ -346,12 +416,12 @@ def pareto(plans: Iterable[Plan]) -> list[Plan]:
 
 def quickest(question: Question, ways: Sequence[Candidate]) -> Candidate:
     """Of some ways to run the same step the one that takes the least time, of those that fit; else the smallest one."""
-    chips = question.chips[0]
-    fitting = [one for one in ways if _fits(question, one)]
-    if not fitting:
-        return min(ways, key=lambda one: sum(memory(question, one).values()))
-    plans = _plans(question, [(one, chips) for one in fitting])
-    return min(plans, key=lambda plan: _rank(plan, question)).candidate
+    some = [one for one in ways if _room_for(question, one)]
+    plans = _plans(question, [(one, question.chips[0]) for one in some])
+    for plan in sorted(plans, key=lambda plan: _rank(plan, question)):
+        if footprint(question, plan.candidate).fits:
+            return plan.candidate
+    return min(ways, key=lambda one: rough(question, one))
 
 
 # Where nothing fits ---------------------------------------------------------------------------------------------------
@@ -376,15 +446,16 @@ def _nothing(question: Question, check: Check, refused: Sequence[str]) -> str:
 
 def narrowest(question: Question, check: Check) -> int | None:
     """Bytes of a device that the most frugal way needs; None where no mesh divides."""
-    most_again, found = question.remats[-1], []
+    from perf.footprint import MARGIN
+
+    finest = []
     for chips in question.chips:
         for meshes in _meshes(question, chips, check):
             for mesh in meshes.allowed:
                 ladder = [mesh] if question.step != "train" else list(candidates.in_parts(mesh, repeats=[1]))
-                found += [
-                    sum(memory(question, dataclasses.replace(one, remat=most_again)).values()) for one in ladder[-1:]
-                ]
-    return min(found, default=None)
+                finest += [dataclasses.replace(one, remat=question.remats[-1]) for one in ladder[-1:]]
+    some = sorted(finest, key=lambda one: rough(question, one))[:FEW]
+    return min((round(footprint(question, one).total * (1 + MARGIN)) for one in some), default=None)
 
 
 def fewest_chips(question: Question, check: Check) -> int | None:

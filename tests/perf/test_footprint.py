@@ -2,20 +2,21 @@
 
 import dataclasses
 import time
-from types import SimpleNamespace
 
 import pytest
 
 from model.families import llama3_1_8b
+from parallel.chips import find as find_chip
 from parallel.config import MeshConfig
 from parallel.topology import find
-from perf.footprint import KINDS, serve_footprint, tiled, train_footprint, usable
-from perf.footprint_fit import cross_validated, error, predicted, score
+from perf.footprint import KINDS, footprint, serve_footprint, tiled, train_footprint, usable
+from perf.footprint_fit import cross_validated, error, predicted, score, scored
 from perf.footprint_truth import case_of, changed, read
+from perf.work import Job, Layout
 from training.config import TrainConfig
 
 CASES = [case for case in read() if case.fits is not None]
-FITTING = [case for case in CASES if case.fits]
+FITTING = scored(CASES)
 MODEL = dataclasses.replace(llama3_1_8b(), compute_dtype="bfloat16", remat="full")
 TRAIN = TrainConfig(steps=1, batch_size=64, seq_len=4096)
 HBM = find("v5p:4x4x4").hbm_bytes
@@ -31,7 +32,7 @@ def test_the_table_is_wide_enough():
     assert len(CASES) >= 44
     assert {case.topology.generation.name for case in CASES} == {"v5e", "v5p", "v6e", "tpu7x"}
     assert {case.step for case in CASES} == {"train", "prefill", "decode"}
-    assert len(CASES) - len(FITTING) >= 4
+    assert sum(not case.fits for case in CASES) >= 4
 
 
 def test_peaks_are_the_compilers():
@@ -41,6 +42,7 @@ def test_peaks_are_the_compilers():
     assert found.worst <= 0.10
 
 
+@pytest.mark.slow
 def test_constants_hold_on_rows_that_they_were_not_fitted_to():
     found = score(cross_validated(FITTING))
     assert found.median <= 0.04
@@ -95,7 +97,7 @@ def test_a_cache_is_counted_to_the_byte():
     blocks = 16 * 4096 // 32 + 1
     assert found.parts["cache"] == 2 * 32 * blocks * 1 * 32 * 128 * 2
     assert found.fits
-    halved = serve_footprint(MODEL, {"tensor": 8}, step="decode", batch=16, length=4096, hbm=HBM, cache_bytes=1)
+    halved = serve_footprint(MODEL, {"tensor": 8}, step="decode", batch=16, length=4096, hbm=HBM, cache_bytes=1.0)
     assert halved.parts["cache"] == found.parts["cache"] // 2
 
 
@@ -115,21 +117,19 @@ def test_tiles_are_counted_where_a_dim_is_narrow():
     ("name", "gib"), [("TPU v5e", 15.75), ("TPU v5p", 95.74), ("TPU v6e", 31.25), ("TPU v7x", 94.75)]
 )
 def test_a_tpu_has_what_its_compiler_lets_a_program_use(name, gib):
-    assert usable(SimpleNamespace(name=name, hbm_bytes=0, devices_per_chip=1)) == int(gib * 2**30)  # type: ignore[arg-type]
+    assert usable(find_chip(name)) == int(gib * 2**30)
 
 
 def test_a_gpu_keeps_some_for_its_driver():
-    assert usable(SimpleNamespace(name="H100", hbm_bytes=80 * 10**9, devices_per_chip=1)) == 75_200_000_000  # type: ignore[arg-type]
+    chip = find_chip("H100-SXM-80GB")
+    assert usable(chip) == int(0.94 * chip.hbm_bytes)
 
 
 def test_a_job_is_a_step_of_its_layout():
-    work = pytest.importorskip("perf.work")
-    from perf.footprint import footprint
-
-    chip = SimpleNamespace(name="TPU v5p", hbm_bytes=0, devices_per_chip=1)
-    job = work.Job(kind="train", model=MODEL, layout=work.Layout(fsdp=64), batch=64, length=4096, remat="full")
+    chip = find_chip("TPU v5p")
+    job = Job(kind="train", model=MODEL, layout=Layout(fsdp=64), batch=64, length=4096, remat="full")
     assert footprint(job, chip) == train()
-    served = work.Job(kind="decode", model=MODEL, layout=work.Layout(tensor=8), batch=16, length=4096, cache="int8")
+    served = Job(kind="decode", model=MODEL, layout=Layout(tensor=8), batch=16, length=4096, cache="int8")
     assert footprint(served, chip).parts["cache"] == 2 * 32 * 2049 * 32 * 128
 
 
@@ -150,7 +150,7 @@ def test_a_row_is_what_its_words_say():
 
 
 def test_a_setting_that_is_none_is_said():
-    with pytest.raises(ValueError, match=r"remta.*no fields"):
+    with pytest.raises(ValueError, match="no fields"):
         row(settings="remta=full")
 
 

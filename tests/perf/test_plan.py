@@ -8,7 +8,7 @@ import pytest
 from configs.planning import Wishes, asked, of_model
 from parallel.chips import find
 from perf import candidates, machine, plan
-from perf.plan import memory, pareto, search
+from perf.plan import footprint, pareto, search
 from perf.predict import predict_all
 
 
@@ -52,7 +52,7 @@ def test_no_way_that_was_left_out_is_better(trained):
         for mesh in candidates.training_meshes(asked_.model, base, 4, check).allowed
         for part in candidates.in_parts(mesh, repeats=candidates.pipe_repeats(asked_.model, mesh.mesh.pipe))
         for one in (dataclasses.replace(part, remat=remat) for remat in candidates.REMATS)
-        if sum(memory(asked_, one).values()) <= machine.room(asked_.chip)
+        if footprint(asked_, one).fits
     ]
     jobs = [candidates.job(one, asked_.model, "train", asked_.length) for one in ways]
     best = min(found.seconds for found in predict_all(jobs, [asked_.chip] * len(jobs)))
