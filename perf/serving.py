@@ -23,9 +23,10 @@ from model.parameters import Parameters, initialize
 from parallel.config import AxisRules, MeshConfig
 from parallel.mesh import make_mesh
 from perf import workload
+from perf.answers import Played
 from perf.overhead import sampling_shares, watched
 from perf.peer import Peer
-from perf.playing import Played, play
+from perf.playing import play
 from perf.roofline import median
 from perf.workload import Trace, Workload
 
