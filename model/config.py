@@ -9,6 +9,13 @@ Activation = Literal[
     "query", "key", "value", "attention_out", "attention_lse", "middle", "ffn_gate", "ffn_up"
 ]  # what a layer may keep, in the order in which it is made
 RematKind = Literal["none", "dots", "minimal", "attention", "full"]  # model/remat.py
+ATTENTION: tuple[Activation, ...] = ("attention_out", "attention_lse")
+KEPT: dict[RematKind, tuple[Activation, ...]] = {  # by name; `dots` keeps products besides, `none` everything
+    "full": (),
+    "attention": ATTENTION,
+    "minimal": ("query", "key", "value", *ATTENTION, "ffn_gate", "ffn_up"),
+    "dots": ATTENTION,
+}
 KernelKind = Literal["auto", "plain", "pallas"]
 RouterKind = Literal["softmax", "softmax_after", "sigmoid"]
 

@@ -5,15 +5,18 @@ Conventions, one for the whole house:
 - A query's attention counts the keys that it may see, its own included: a causal sequence of T tokens costs
   T (T + 1) / 2 pairs, half of the full square, whatever a kernel computes beyond that; a window layer at most `window`
   keys a query.
-- Training is three times the forward (arXiv:2001.08361, section 2.1). What remat computes again is not counted, so
-  that these are the model's FLOPs of MFU (arXiv:2204.02311, appendix B), not the hardware's.
+- Training is three times the forward (arXiv:2001.08361, section 2.1). What is computed again is not counted, so that
+  these are the model's FLOPs of MFU (arXiv:2204.02311, appendix B); `recomputed_flops` are what the hardware does
+  besides: what the remat policy asks for, logits in the backward kernel of attention, hidden values of experts.
 - A token goes through A of E experts, the shared ones and the router; only these count in FLOPs.
 - Bytes of a decode step: every parameter that the step multiplies by is read once, however large the batch, of experts
   as many as its tokens can choose, at most A a sequence; every visible key and value is read once a sequence, and one
   of each is written. Activations are left out.
 """
 
-from model.config import ModelConfig
+from collections import Counter
+
+from model.config import KEPT, ModelConfig
 
 
 def num_parameters(config: ModelConfig) -> int:
@@ -113,6 +116,75 @@ def train_flops(config: ModelConfig, seq_len: int) -> float:
     return 3 * forward_flops(config, seq_len, logits=seq_len) / seq_len
 
 
+def layer_products(config: ModelConfig, keys: float | int, *, dense: bool) -> dict[str, float]:
+    """FLOPs of each product of one layer's forward, a token, whose query sees `keys` keys on average."""
+    D, E, A = config.embed_dim, config.num_experts, config.experts_per_token
+    products = {name: 2.0 * size for name, size in _projections(config).items()}
+    products["scores"] = 2 * keys * config.num_heads * config.head_dim
+    products["mix"] = 2 * keys * config.num_heads * (config.value_dim or config.head_dim)
+    halves = ("gate", "up", "down") if config.gated else ("up", "down")
+    if dense:
+        return products | {f"ffn_{half}": 2.0 * D * config.ffn_dim for half in halves}
+    products |= {"router": 2.0 * D * E, **{f"expert_{half}": 2.0 * D * A * config.expert_ffn_dim for half in halves}}
+    shared = {f"ffn_{half}": 2.0 * D * config.shared_ffn_dim for half in halves} if config.shared_ffn_dim else {}
+    return products | shared
+
+
+def _projections(config: ModelConfig) -> dict[str, int]:
+    """Sizes of attention's matrices."""
+    D, N, K, H, R = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim, config.kv_rank
+    W, turning = config.value_dim or H, config.rope_dim
+    if not R:
+        return {"query": D * N * H, "key": D * K * H, "value": D * K * H, "attention_out": N * H * D}
+    down = {"query_down": D * config.q_rank} if config.q_rank else {}
+    return down | {
+        "query": (config.q_rank or D) * N * H, "key_value_down": D * R, "key_rope": D * turning,
+        "key": R * N * (H - turning), "value": R * N * W, "attention_out": N * W * D,
+    }  # fmt: skip
+
+
+def recomputed_products(config: ModelConfig, *, dense: bool) -> Counter[str]:
+    """How often backward runs each product of a layer's forward again, under `config.remat` and its kernels.
+
+    A product runs again where backward needs its result, or what only its result leads to, and neither is kept.
+    """
+    flash, again = config.kernel == "pallas", Counter[str]()
+    again["scores"] += flash  # the backward kernel has the log-sum-exp, and makes logits anew
+    if not dense:
+        again.update(("expert_gate", "expert_up"))  # model/experts.py keeps their input alone
+    if config.remat == "none":
+        return again
+    kept = {*KEPT[config.remat], *config.remat_save, *config.remat_offload}
+    if not (flash and {"attention_out", "attention_lse"} <= kept):
+        again.update(("scores", "mix"))  # plain attention keeps its weights, which have no name
+    if not dense and config.post_norms:
+        again.update(("expert_gate", "expert_up", "expert_down"))
+    if config.remat == "dots":  # everything that follows is a product without batch dims
+        return again
+    lost = {"query", "key", "value", "ffn_gate", "ffn_up"} - kept
+    if config.qk_norm:
+        lost |= {"query", "key"}  # the norm stands between the product and the name
+    if config.kv_rank:
+        lost |= {"query_down", "key_value_down"} | ({"key_rope"} if "key" in lost else set())
+    if "middle" not in kept or config.post_norms:
+        lost.add("attention_out")
+    if config.post_norms:
+        lost.add("ffn_down")
+    again.update(lost & layer_products(config, 0, dense=dense).keys() | (set() if dense else {"router"}))
+    return again
+
+
+def recomputed_flops(config: ModelConfig, seq_len: int) -> float:
+    """FLOPs a token of a training step besides `train_flops`: all that is computed more than once."""
+    total = 0.0
+    for layer, kind in enumerate(config.layer_kinds):
+        dense = not config.num_experts or layer < config.num_dense_layers
+        keys = _pairs(seq_len, 0, config.window if kind == "window" else None) / seq_len
+        products = layer_products(config, keys, dense=dense)
+        total += sum(products[name] * times for name, times in recomputed_products(config, dense=dense).items())
+    return total
+
+
 def prefill_flops(config: ModelConfig, length: int) -> int:
     """FLOPs of reading one prompt; the last token alone goes through the unembedding."""
     return forward_flops(config, length, logits=1)
@@ -143,3 +215,40 @@ def _cache_numbers(config: ModelConfig, past: int) -> int:
 def cache_bytes_per_token(config: ModelConfig, *, cache_bytes: int) -> int:
     """Bytes of the keys and values of one token, over all layers."""
     return 2 * config.num_kv_heads * config.head_dim * config.num_layers * cache_bytes
+
+
+def cache_bytes(
+    config: ModelConfig, length: int, *, number_bytes: float | int, rolling: bool, latent: bool
+) -> float | int:
+    """Bytes of a sequence's keys and values. Our memories hold all tokens of all layers, and full heads of MLA.
+
+    Other stacks may be `rolling`, so that a window layer holds its window alone, and hold the `latent` of MLA and what
+    turns with the position, which all heads share.
+    """
+    numbers = 2 * config.num_kv_heads * config.head_dim
+    if latent and config.kv_rank:
+        numbers = config.kv_rank + config.rope_dim
+    window = min(length, config.window or length) if rolling else length
+    tokens = sum(window if kind == "window" else length for kind in config.layer_kinds)
+    return number_bytes * numbers * tokens
+
+
+def kept_bytes(config: ModelConfig, *, dense: bool, number_bytes: int) -> int:
+    """Bytes that one layer keeps for its backward pass, a token, where `config.remat` keeps by name.
+
+    The layer's input, and what is named; the log-sum-exp is float32 and attention's kernel alone has it. ValueError for
+    `dots` and `none`, which keep whatever XLA finds that it needs.
+    """
+    if config.remat in ("dots", "none"):
+        raise ValueError(
+            f"remat={config.remat} keeps results that have no name; minimal, attention and full are counted"
+        )
+    N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
+    F = config.ffn_dim if dense else config.shared_ffn_dim
+    widths = {
+        "query": N * H, "key": K * H, "value": K * H, "attention_out": N * H, "middle": config.embed_dim,
+        "ffn_gate": F * config.gated, "ffn_up": F,
+    }  # fmt: skip
+    kept = {*KEPT[config.remat], *config.remat_save} - set(config.remat_offload)
+    lse = 4 * N if config.kernel == "pallas" and "attention_lse" in kept else 0
+    return number_bytes * (config.embed_dim + sum(width for name, width in widths.items() if name in kept)) + lse

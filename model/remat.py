@@ -11,14 +11,7 @@ from collections.abc import Callable
 
 import jax
 
-from model.config import ModelConfig
-
-ATTENTION = ("attention_out", "attention_lse")
-NAMES = {
-    "full": (),
-    "attention": ATTENTION,
-    "minimal": ("query", "key", "value", *ATTENTION, "ffn_gate", "ffn_up"),
-}
+from model.config import KEPT, ModelConfig
 
 
 def rematerialized(layer: Callable, config: ModelConfig) -> Callable:
@@ -27,10 +20,10 @@ def rematerialized(layer: Callable, config: ModelConfig) -> Callable:
     if config.remat == "none":
         return layer
     if config.remat == "dots":
-        kept = policies.save_only_these_names(*ATTENTION, *config.remat_save)
+        kept = policies.save_only_these_names(*KEPT["dots"], *config.remat_save)
         policy = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, kept)
     else:
-        names = dict.fromkeys((*NAMES[config.remat], *config.remat_save))
+        names = dict.fromkeys((*KEPT[config.remat], *config.remat_save))
         policy = policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[name for name in names if name not in config.remat_offload],
             names_which_can_be_offloaded=list(config.remat_offload),

@@ -64,7 +64,7 @@ class Topology:
         return int(self.generation.hbm_gib * 2**30)
 
 
-def _blocks(*small: Shape, largest: Shape) -> tuple[Shape, ...]:
+def blocks(*small: Shape, largest: Shape) -> tuple[Shape, ...]:
     """Shapes of a three-dimensional torus: the small ones, and every block of whole 4x4x4 cubes up to the largest."""
     sides = range(4, max(largest) + 1, 4)
     cubes = itertools.combinations_with_replacement(sides, 3)
@@ -72,18 +72,18 @@ def _blocks(*small: Shape, largest: Shape) -> tuple[Shape, ...]:
     return (*small, *sorted(fitting, key=lambda cube: (math.prod(cube), cube)))
 
 
-_FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
-_SMALL = ((1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
+FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
+SMALL = ((1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
 
 # HBM as libtpu 0.0.42 says it when a program is too large. docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x} for the
 # shapes; v5e's last two are larger than a pod: for rent are 256 chips, but the compiler takes them.
 GENERATIONS = {
     row.name: row
     for row in (
-        Generation(name="v5e", hbm_gib=15.75, shapes=(*_FLAT, (16, 32), (32, 32))),
-        Generation(name="v5p", hbm_gib=95.74, shapes=_blocks(*_SMALL, largest=(16, 16, 24))),
-        Generation(name="v6e", hbm_gib=31.25, shapes=_FLAT),
-        Generation(name="tpu7x", hbm_gib=94.75, shapes=_blocks(*_SMALL, largest=(16, 16, 16)), devices_per_chip=2),
+        Generation(name="v5e", hbm_gib=15.75, shapes=(*FLAT, (16, 32), (32, 32))),
+        Generation(name="v5p", hbm_gib=95.74, shapes=blocks(*SMALL, largest=(16, 16, 24))),
+        Generation(name="v6e", hbm_gib=31.25, shapes=FLAT),
+        Generation(name="tpu7x", hbm_gib=94.75, shapes=blocks(*SMALL, largest=(16, 16, 16)), devices_per_chip=2),
     )
 }
 ALIASES = {
@@ -131,7 +131,7 @@ def _hint(name: str) -> str:
         near = _nearest(GENERATIONS[ALIASES.get(kind, kind)], rest)
         return f"the nearest are {', '.join(near)}"
     near = difflib.get_close_matches(kind, GENERATIONS, n=1)
-    examples = {written(row, row.shapes[len(_SMALL)]): row for row in GENERATIONS.values()}
+    examples = {written(row, row.shapes[len(SMALL)]): row for row in GENERATIONS.values()}
     known = ", ".join(example for example, row in examples.items() if not near or row.name in near)
     return f"names are a generation and its chips: {known}"
 

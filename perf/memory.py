@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from model import config as model_config
 from model.config import ModelConfig
-from model.remat import NAMES
 from parallel.config import AxisRules
 from parallel.sharding import Names, sharding
 from training.config import TrainConfig
@@ -114,7 +114,7 @@ def saved_by_layer(model: ModelConfig) -> list[tuple[Names, int]]:
         return [begin, *sizes.values(), *products, (stream, 4 * width * D)]
     if model.remat == "dots":
         return [begin, *(sizes[name] for name in list(sizes)[:5]), *products]
-    kept = {*NAMES[model.remat], *model.remat_save} - {*model.remat_offload}
+    kept = {*model_config.KEPT[model.remat], *model.remat_save} - {*model.remat_offload}
     return [begin, *(sizes[name] for name in sizes if name in kept)]
 
 

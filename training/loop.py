@@ -27,10 +27,10 @@ from model.config import ModelConfig
 from model.parameters import abstract
 from parallel import checkpoint, hosts
 from parallel.checkpoint import Checkpoint, Checkpoints
-from parallel.chips import peak_flops
 from parallel.compilation import cache_compilations
 from parallel.config import AxisRules, ExecutionConfig, MeshConfig
 from parallel.mesh import make_mesh, mesh_sizes
+from parallel.peak import peak_flops
 from parallel.sharding import located
 from training import folder as run_folder
 from training import metrics

@@ -17,9 +17,9 @@ from model import parameters
 from model.config import ModelConfig, with_kernels
 from model.memory import GatheredKV, Memory, Packed, Queries, Ring
 from model.moe import updated_bias, utilisation
-from parallel.chips import require_fp8
 from parallel.compilation import CPU_OPTIONS
 from parallel.config import AxisRules, ExecutionConfig
+from parallel.peak import require_fp8
 from parallel.ring_attention import zigzag
 from parallel.sharding import axes_of, everywhere, manual_axes, num_copies, spec, summed_gradient, use
 from training import pipelined

@@ -111,3 +111,17 @@ def test_decode_bytes_are_the_weights_and_the_cache():
     longer = cost.decode_bytes(TINY, 10, batch=3, weight_bytes=4, cache_bytes=2)
     assert longer - tied == 3 * cost.cache_bytes_per_token(TINY, cache_bytes=2)
     assert V * D < cost.num_parameters(TINY)
+
+
+def test_a_cache_may_roll_and_may_be_latent():
+    ours = cost.cache_bytes(WINDOWED, 9, number_bytes=2, rolling=False, latent=False)
+    assert ours == 9 * cost.cache_bytes_per_token(WINDOWED, cache_bytes=2)
+    rolling = cost.cache_bytes(WINDOWED, 9, number_bytes=2, rolling=True, latent=False)
+    assert rolling == 2 * 2 * 2 * 6 * (2 * 5 + 2 * 9)  # two layers of a window of 5, two that hold all 9
+    latent = cost.cache_bytes(families.deepseek_v3(), 1, number_bytes=2, rolling=False, latent=True)
+    assert latent == 2 * 61 * (512 + 64)  # arXiv:2412.19437, section 4.2: the latent, and keys that turn
+
+
+def test_only_named_policies_are_counted():
+    with pytest.raises(ValueError, match="remat=dots keeps results that have no name"):
+        cost.kept_bytes(dataclasses.replace(TINY, remat="dots"), dense=True, number_bytes=2)

@@ -11,9 +11,9 @@ import pytest
 
 from model import parameters
 from model.memory import Packed, Queries
-from parallel.chips import require_fp8
 from parallel.config import AxisRules, MeshConfig
 from parallel.mesh import make_mesh
+from parallel.peak import require_fp8
 from tests.training.test_step import MODEL, OPTIM, TRAIN, batch_of
 from training.state import create_state
 from training.step import make_steps
