@@ -4,7 +4,7 @@ from inference.config import EngineConfig
 from inference.scheduler import Kind, Limits
 from model.config import ModelConfig
 
-TILE = 32  # Q, tokens of one prompt that stand together
+TILE = 16  # Q, tokens of one prompt that stand together
 
 
 def limits_of(config: ModelConfig, options: EngineConfig) -> Limits:

@@ -5,6 +5,7 @@
     python -m perf bench train|prefill|decode                              measured, beside this machine's roof
     python -m perf bench serve [--mix M] [--rate R] [--plot FILE]          requests answered, beside other ways to
     python -m perf simulate CONFIG|MODEL --chip v5e --chips 4 [--rate R]   requests answered on chips that are not here
+    python -m perf calibrate [--check]                                     this machine as a chip; how well it predicts
     python -m perf soak --url http://127.0.0.1:8000 [--pid N]               many clients of a server on this machine
     python -m perf quantize MODEL --file TEXT [--schemes int8 int4 fp8]    bytes, loss and speed of quantized weights
 
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command line; exit status 2 after an error that the user can mend."""
     parser = _parser()
     asked, extra = parser.parse_known_args(arguments)  # settings may stand between options, too
-    alone = {"bench": _bench, "soak": _soak, "quantize": _quantize, "simulate": _simulate}
+    alone = {"bench": _bench, "soak": _soak, "quantize": _quantize, "simulate": _simulate, "calibrate": _calibrate}
     if extra and (asked.command in alone or any(word.startswith("-") for word in extra)):
         parser.error(f"unrecognized arguments: {' '.join(extra)}")
     try:
@@ -72,6 +73,11 @@ def _parser() -> argparse.ArgumentParser:
     soak.add_argument("--json", action="store_true", help="one JSON object, last on stdout")
 
     _add_simulate(commands.add_parser("simulate", help="what some chips would serve of a model", allow_abbrev=False))
+
+    calibrate = commands.add_parser("calibrate", help="measure this machine as a chip", allow_abbrev=False)
+    calibrate.add_argument("--file", type=pathlib.Path, help="of the constants (default: in the user's cache)")
+    calibrate.add_argument("--check", action="store_true", help="then steps of many sizes, predicted beside measured")
+    calibrate.add_argument("--json", action="store_true", help="one JSON object, last on stdout")
 
     quantize = commands.add_parser("quantize", help="what quantized weights cost and save", allow_abbrev=False)
     quantize.add_argument("model", metavar="MODEL", help="as for infer.py")
@@ -257,6 +263,21 @@ def _simulate(asked: argparse.Namespace) -> int:
         model = forecast.shape_of(asked.model)
     result, _ = forecast.run(model, config)
     print(json.dumps({"model": asked.model, **result}) if asked.json else "\n".join(_lines(result)))
+    return 0
+
+
+def _calibrate(asked: argparse.Namespace) -> int:
+    """Measure this machine's constants and keep them."""
+    _prepare()
+    from perf import calibration, this_machine
+
+    path = asked.file or this_machine.usual_path()
+    machine = calibration.measure(_say)
+    this_machine.save(machine, path)
+    result = {"file": str(path), "flops": machine.flops, "bandwidth": machine.bandwidth}
+    if asked.check:
+        result |= calibration.summary(calibration.check(machine, _say))
+    print(json.dumps(result) if asked.json else "\n".join(_lines({k: v for k, v in result.items() if k != "rows"})))
     return 0
 
 
