@@ -257,8 +257,11 @@ def _simulate(asked: argparse.Namespace) -> int:
         replicas=replicas, prefill=prefill, work=Workload(**{name: getattr(asked, name) for name in names}), **settings
     )
     if asked.model.endswith(".py"):
+        from perf.aot import with_assumed_vocabulary
+
         asked.words = [asked.model]
-        model = _run(asked).model
+        run = _run(asked)
+        model = with_assumed_vocabulary(run.model, run.data)
     else:
         model = forecast.shape_of(asked.model)
     result, _ = forecast.run(model, config)

@@ -14,7 +14,7 @@ from parallel.records import nearest, require
 from perf import saturation, workload
 from perf.saturation import Policy
 from perf.simulate import Deployment, Handover, Simulated, simulate
-from perf.step_time import Split, StepTime
+from perf.step_time import by_prediction
 from perf.work import Job, Layout
 from perf.workload import Trace, Workload
 
@@ -82,22 +82,10 @@ def run(model: ModelConfig, config: ForecastConfig) -> tuple[dict[str, Any], Sim
     formats = {"weights": config.weights, "compute": config.compute, "cache": config.cache}
     job = Job(kind="decode", model=model, layout=layout, batch=1, length=1, **formats)
     trace = workload.trace(dataclasses.replace(config.work, vocab=model.vocab_size))
-    steps = step_time(job, chip)
+    steps = by_prediction(job, chip)
     deployment = deployed(model, config, job, chip, trace)
     found = simulate(trace, deployment, steps)
     return {**described(config, chip, trace, deployment), **found.figures(), **costs(found, config, chip)}, found
-
-
-def step_time(job: Job, chip: Chip) -> StepTime:
-    """A server's steps, by perf/predict.py."""
-    from perf.predict import predict
-
-    def split(job: Job) -> Split:
-        found = predict(job, chip)
-        attention = sum(part.seconds for part in found.parts if part.kind == "attention")
-        return Split(found.seconds - attention, attention)
-
-    return StepTime(job, split)
 
 
 def deployed(model: ModelConfig, config: ForecastConfig, job: Job, chip: Chip, trace: Trace) -> Deployment:

@@ -5,11 +5,13 @@ end as evenly as prompts are read, and every step is alike: `rows` answers go on
 those that end make room for. Knows no scheduler.
 """
 
+import math
 from typing import NamedTuple
 
+from model import cost
 from model.config import ModelConfig
 from parallel.chips import Chip
-from perf.step_time import StepTime
+from perf.step_time import StepTime, by_prediction
 from perf.work import BYTES, Job
 
 
@@ -48,7 +50,13 @@ class Saturated(NamedTuple):
     limit: str  # of the answers at once: "cache", "rows", "tokens of a step", "requests"
 
 
-def saturated(job: Job, chip: Chip, steps: StepTime, *, requests: int | float = float("inf")) -> Saturated:
+def published(job: Job, chip: Chip) -> Saturated:
+    """A published measurement of a server that never lacks requests: of as many as its source says, if it does."""
+    requests = REQUESTS.get((job.length, job.output), math.inf) if job.stack == "tensorrt" else math.inf
+    return saturated(job, chip, by_prediction(job, chip), requests=requests)
+
+
+def saturated(job: Job, chip: Chip, steps: StepTime, *, requests: int | float = math.inf) -> Saturated:
     """Serving requests of job.length and job.output tokens, on the job's layout; its batch does not matter.
 
     Of a finite number of requests, the last wave finds fewer rows than there could be.
@@ -70,7 +78,7 @@ def saturated(job: Job, chip: Chip, steps: StepTime, *, requests: int | float = 
     attention = rows / answer * steps.prompt_attention(0, prompt)
     seconds = steps.seconds(rows, context, rows * ratio) + attention
     waves = requests / rows
-    if waves == float("inf"):
+    if waves == math.inf:
         return Saturated(rows / seconds, rows, rows * ratio, seconds, limit)
     last = (waves % 1.0) * rows
     idle = steps.seconds(last, context) - last / rows * steps.seconds(rows, context) if last else 0.0
@@ -98,8 +106,6 @@ def memory_of(chip: Chip) -> float:
 
 def parameter_bytes(job: Job) -> float:
     """Of one device: layers as the job keeps them, embeddings in at least 16 bits."""
-    from model import cost
-
     model, layout = job.model, job.layout
     tables = (1 if model.tied else 2) * model.vocab_size * model.embed_dim
     layers = cost.num_parameters(model) - tables

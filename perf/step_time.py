@@ -8,6 +8,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
+from parallel.chips import Chip
+from perf.predict import predict
 from perf.replica import Step
 from perf.work import Job
 
@@ -76,6 +78,17 @@ class StepTime:
             job = dataclasses.replace(self._job, kind="prefill", batch=1, length=tokens, output=0)
             self._read[tokens] = self._predict(job)
         return self._read[tokens]
+
+
+def by_prediction(job: Job, chip: Chip) -> StepTime:
+    """Steps of a server with the job's model, layout and number formats, by perf/predict.py."""
+
+    def split(job: Job) -> Split:
+        found = predict(job, chip)
+        attention = sum(part.seconds for part in found.parts if part.kind == "attention")
+        return Split(found.seconds - attention, attention)
+
+    return StepTime(job, split)
 
 
 def between(x: int | float, at: Callable[[int], Split], *, coarse: bool = False) -> Split:
