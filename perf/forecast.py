@@ -11,7 +11,7 @@ from model import families
 from model.config import ModelConfig
 from parallel.chips import Chip, find
 from parallel.records import nearest, require
-from perf import saturation, workload
+from perf import saturation, this_machine, workload
 from perf.saturation import Policy
 from perf.simulate import Deployment, Handover, Simulated, simulate
 from perf.step_time import by_prediction
@@ -77,19 +77,23 @@ def layout_of(model: ModelConfig, devices: int) -> Layout:
 
 def run(model: ModelConfig, config: ForecastConfig) -> tuple[dict[str, Any], Simulated]:
     """Simulate; -> figures, and how it went."""
-    chip = find(config.chip)
+    machine = this_machine.load() if config.chip == "this" else None
+    chip = this_machine.chip(machine) if machine else find(config.chip)
     layout = layout_of(model, config.chips // config.servers * chip.devices_per_chip)
     formats = {"weights": config.weights, "compute": config.compute, "cache": config.cache}
+    if machine:  # whose engine computes in float32
+        formats = dict.fromkeys(formats, "fp32")
     job = Job(kind="decode", model=model, layout=layout, batch=1, length=1, **formats)
     trace = workload.trace(dataclasses.replace(config.work, vocab=model.vocab_size))
-    steps = by_prediction(job, chip)
-    deployment = deployed(model, config, job, chip, trace)
+    options = options_of(model, config, job, chip, trace)
+    steps = this_machine.steps(machine, model, options) if machine else by_prediction(job, chip)
+    deployment = deployed(model, config, job, chip, options)
     found = simulate(trace, deployment, steps)
     return {**described(config, chip, trace, deployment), **found.figures(), **costs(found, config, chip)}, found
 
 
-def deployed(model: ModelConfig, config: ForecastConfig, job: Job, chip: Chip, trace: Trace) -> Deployment:
-    """The servers, each with as large a cache as its memory allows."""
+def options_of(model: ModelConfig, config: ForecastConfig, job: Job, chip: Chip, trace: Trace) -> EngineConfig:
+    """A server's, with as large a cache as its memory allows."""
     tokens = saturation.cache_tokens(job, chip, Policy(config.memory, config.rows, config.chunk, False))
     size, longest = config.block_size, workload.longest(trace)
     if tokens < longest + size:
@@ -102,9 +106,13 @@ def deployed(model: ModelConfig, config: ForecastConfig, job: Job, chip: Chip, t
             f"the longest request has {longest} tokens but the model's context is {model.max_length}; "
             "give a smaller --scale"
         )
-    options = EngineConfig(
+    return EngineConfig(
         max_rows=config.rows, cache_tokens=int(tokens), block_size=size, chunk=config.chunk, max_length=longest
     )
+
+
+def deployed(model: ModelConfig, config: ForecastConfig, job: Job, chip: Chip, options: EngineConfig) -> Deployment:
+    """The servers."""
     handover = None
     if config.prefill:
         wire = (chip.network_bandwidth or chip.link_bandwidth) * config.chips // config.servers

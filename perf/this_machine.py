@@ -16,11 +16,12 @@ import os
 import pathlib
 from typing import Any, NamedTuple
 
+from inference.config import EngineConfig
 from inference.room import TILE
 from model import cost
 from model.config import ModelConfig
 from parallel.chips import Chip
-from perf.replica import Step
+from perf.replica import Seconds, Step
 
 SLOTS, BLOCK = 128, 128  # keys that serving looks at together, queries of training: of ops/
 LOSS_CHUNK = 512  # of training/config.py
@@ -160,6 +161,12 @@ def between(x: int | float, points: "tuple[tuple[int, float], ...]") -> float:
         if x <= high:
             return first + (second - first) * math.log(x / low) / math.log(high / low)
     return points[-1][1]
+
+
+def steps(machine: Machine, model: ModelConfig, options: EngineConfig) -> Seconds:
+    """The engine's steps on this machine."""
+    how = {"max_rows": options.max_rows, "tile_counts": tile_counts(options.chunk)}
+    return lambda step: serve_seconds(machine, model, shape_of(step, **how))
 
 
 def padded(keys: int | float) -> int:

@@ -12,7 +12,7 @@ FEW = ["--requests", "12", "--scale", "0.25", "--json"]
 
 
 def simulated(capsys, *words: str) -> dict:
-    assert door.main(["simulate", *words, *FEW]) == 0
+    assert door.main(["simulate", *FEW, *words]) == 0
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
