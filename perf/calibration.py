@@ -24,7 +24,8 @@ from perf.this_machine import PROBE, SMALL_PROBE, WIDE_PROBE, Machine, Table
 from training.losses import chunked_token_loss
 
 Say = Callable[[str], None]
-SERVED_ROWS, SERVED_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256), ((192, 576), (256, 704), (512, 1408), (576, 16384))
+CHAIN = 12_000_000  # numbers of the weights of a chain
+SERVED_ROWS, SERVED_SIZES = (1, 2, 8, 16, 32, 64, 256), ((256, 256), (256, 704), (512, 1408), (576, 16384))
 TRAINED_ROWS, TRAINED_SIZES = (128, 512, 2048), ((128, 128), (128, 384), (256, 704), (512, 1408))
 
 
@@ -47,13 +48,16 @@ def ones(*shape: int) -> jax.Array:
 
 
 def served_product(rows: int, inner: int, columns: int) -> float:
-    """As ops/slabs.py multiplies, a slab a core."""
-    parts = [ones(columns // 2, inner) for _ in range(2)]
-    barrier = jax.lax.optimization_barrier
-    return seconds_of(
-        lambda x, parts: jnp.concatenate([barrier(x) @ part.T for part in parts], -1), ones(rows, inner), parts,
-        budget=0.03,
-    )  # fmt: skip
+    """As ops/slabs.py multiplies, a slab a core: in a chain, by weights that no cache holds, as layers are."""
+    pairs = max(1, min(16, CHAIN // (2 * inner * columns)))
+    weights = [[ones(out // 2, given) for _ in range(2)] for out, given in ((columns, inner), (inner, columns)) * pairs]
+
+    def chain(x, weights):
+        for parts in weights:
+            x = jnp.concatenate([jax.lax.optimization_barrier(x) @ part.T for part in parts], -1)
+        return x
+
+    return seconds_of(chain, ones(rows, inner), weights) / (2 * pairs)
 
 
 def trained_product(rows: int, inner: int, columns: int) -> float:
@@ -85,6 +89,20 @@ def paged(batch: int, before: int, queries: int, *, heads: int = 4, shared: int 
         return paged_reference.attend(q, k, v, rows, **how)
 
     return seconds_of(attend, ones(batch * queries, heads * shared, 64), pool, pool, rows)
+
+
+def writing(tokens: int, heads: int) -> float:
+    """Seconds of putting one head's key or value of a token into its block."""
+    Z = 32
+    pool, new = Blocks(ones(1025, heads, Z, 64), None), ones(tokens, heads, 64)
+    places = jnp.arange(tokens, dtype=jnp.int32) + Z
+    write = jax.jit(paged_reference.write, donate_argnums=0)
+    times = []
+    for _ in range(12):
+        start = time.perf_counter()
+        pool = jax.block_until_ready(write(pool, new, places))
+        times.append(time.perf_counter() - start)
+    return min(times) / (tokens * heads)
 
 
 def choosing(rows: int, vocab: int) -> float:
@@ -146,6 +164,7 @@ def measure(say: Say) -> Machine:
         gather_start=max(gather[1] - each * numbers[1], 0.0),
         tile_score=score,
         tile_key=key,
+        write=writing(256, 4),
         train_score=train_attention(2, 256, 4),
         logit=logit,
         logit_start=max(few - 16384 * logit, 0.0),

@@ -80,10 +80,18 @@ def run(model: ModelConfig, config: ForecastConfig) -> tuple[dict[str, Any], Sim
     machine = this_machine.load() if config.chip == "this" else None
     chip = this_machine.chip(machine) if machine else find(config.chip)
     layout = layout_of(model, config.chips // config.servers * chip.devices_per_chip)
-    formats = {"weights": config.weights, "compute": config.compute, "cache": config.cache}
     if machine:  # whose engine computes in float32
-        formats = dict.fromkeys(formats, "fp32")
-    job = Job(kind="decode", model=model, layout=layout, batch=1, length=1, **formats)
+        config = dataclasses.replace(config, weights="fp32", compute="fp32", cache="fp32")
+    job = Job(
+        kind="decode",
+        model=model,
+        layout=layout,
+        batch=1,
+        length=1,
+        weights=config.weights,
+        compute=config.compute,
+        cache=config.cache,
+    )
     trace = workload.trace(dataclasses.replace(config.work, vocab=model.vocab_size))
     options = options_of(model, config, job, chip, trace)
     steps = this_machine.steps(machine, model, options) if machine else by_prediction(job, chip)

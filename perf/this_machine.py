@@ -56,6 +56,7 @@ class Machine:
     gather_start: float  # seconds of such attention of one layer, whatever it looks at
     tile_score: float  # seconds of a score of a prompt's query and a key, of one head
     tile_key: float  # and of each key-value number that a tile of queries looks at
+    write: float  # seconds of writing one head's key or value of a token into the cache
     train_score: float  # the same forward and backward
     logit: float  # seconds of choosing among each logit
     logit_start: float
@@ -143,10 +144,10 @@ def serve_seconds(machine: Machine, model: ModelConfig, shape: Shape) -> float:
     attention = looked * machine.gather + (machine.gather_start if shape.rows else 0.0)
     seen = sum(min(8, shape.tiles) * keys for keys in shape.tile_keys)
     attention += seen * TILE * model.num_heads * machine.tile_score * (0.5 + model.head_dim / 128)
-    attention += seen * numbers * machine.tile_key
+    attention += seen * numbers * machine.tile_key + 2 * tokens * model.num_kv_heads * machine.write
     rest = between(tokens, machine.served_rest)
     first = machine.served_rest[0][1] if machine.served_rest else 0.0
-    rest = first + (rest - first) * D / PROBE.embed_dim
+    rest = first + (rest - first) * numbers / (2 * PROBE.num_kv_heads * PROBE.head_dim)
     head = machine.served.at(chosen, D * V) + machine.logit_start + chosen * V * machine.logit
     return L * (products + attention + rest) + head
 
