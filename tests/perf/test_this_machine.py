@@ -15,7 +15,8 @@ TABLE = Table((1, 16, 256), (10_000, 1_000_000), ((1e-6, 4e-6, 4e-5), (1e-4, 2e-
 MACHINE = Machine(
     name="pretended", cores=2, memory=2**34, flops=2e11, bandwidth=3e10, served=TABLE, trained=TABLE, gather=2e-10,
     gather_start=5e-5, tile_score=5e-9, tile_key=1e-9, write=5e-7, train_score=1e-8, logit=1e-9, logit_start=1e-4,
-    loss_logit=2e-9, update=4e-9, served_rest=((1, 1e-4), (256, 2e-3)), trained_rest=((10_000, 4e-8), (1_000_000, 6e-8)),
+    loss_logit=2e-9, update=4e-9, served_rest=((1, 1e-4), (256, 2e-3)),
+    trained_rest=((10_000, 4e-8), (1_000_000, 6e-8)),
 )  # fmt: skip
 
 
