@@ -65,7 +65,9 @@ def start(run: RunConfig) -> int:
         )
 
     with hosts.joined(run.hosts):
-        run = run.on(jax.device_count())
+        devices = jax.devices()
+        slices = len({getattr(device, "slice_index", 0) for device in devices})
+        run = run.on(len(devices), devices[0].device_kind, slices)
         return training.loop.train(
             pathlib.Path(run.out) / run.name,
             config=to_dict(run),

@@ -4,17 +4,25 @@ Overrides are in configs/overrides.py; JSON, back and comparison in parallel/rec
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import re
+import typing
 
 from data.config import DataConfig
 from model.config import ModelConfig
-from parallel.config import AxisRules, ExecutionConfig, HostsConfig, MeshConfig
+from parallel.chips import CHIPS, Chip
+from parallel.config import AxisRules, ExecutionConfig, HostsConfig, MeshAxes, MeshConfig
 from parallel.records import nearest
 from parallel.topology import find
+from perf.candidates import Candidate, Precision, Step, divisors, training_meshes
 from training.config import OptimConfig, TrainConfig
 
+if typing.TYPE_CHECKING:
+    from perf.plan import Question
+
+UNKNOWN_VOCABULARY = 32_768  # entries of a tokenizer that is not opened to plan a run
 EXPERTS_APART = 8  # devices that experts are spread over by mesh=auto: tokens of a round go to that many
 
 
@@ -51,9 +59,13 @@ class RunConfig:
         check_splits(self, sizes)
         check_used(self, sizes)
 
-    def on(self, num_devices: int) -> "RunConfig":
-        """The run for so many devices, its mesh picked where it is `auto`; raises ValueError as check_devices does."""
-        run = dataclasses.replace(self, mesh=picked_mesh(self, num_devices)) if self.mesh.auto else self
+    def on(self, num_devices: int, kind: str = "", slices: int = 1) -> "RunConfig":
+        """The run for so many devices, its mesh picked where it is `auto`; raises ValueError as check_devices does.
+
+        `kind` is what jax calls the devices (`device_kind`); where it is a known chip, the planner picks. `slices` is
+        how many groups of them only a data centre's network joins.
+        """
+        run = dataclasses.replace(self, mesh=picked_mesh(self, num_devices, kind, slices)) if self.mesh.auto else self
         run.check_devices(num_devices)
         return run
 
@@ -88,7 +100,7 @@ def check_lengths(model: ModelConfig, optim: OptimConfig, train: TrainConfig) ->
 def check_rules(rules: AxisRules, mesh: MeshConfig) -> None:
     """Every rule names axes of the mesh, each once."""
     axes = mesh.axes
-    for name, rule in dataclasses.asdict(rules).items():
+    for name, rule in named(rules).items():
         split = axes_of(rule)
         for axis in split:
             if axis not in axes:
@@ -99,6 +111,12 @@ def check_rules(rules: AxisRules, mesh: MeshConfig) -> None:
             raise ValueError(f"rules.{name}={','.join(split)} names a mesh axis twice; an axis splits a dimension once")
 
 
+@functools.cache
+def named(rules: AxisRules) -> dict[str, MeshAxes]:
+    """Rules by logical name."""
+    return dataclasses.asdict(rules)
+
+
 def axes_of(rule) -> tuple[str, ...]:
     """A rule's mesh axes: `None` is (), `"tensor"` is ("tensor",)."""
     return (rule,) if isinstance(rule, str) else tuple(rule or ())
@@ -106,7 +124,7 @@ def axes_of(rule) -> tuple[str, ...]:
 
 def check_splits(run: RunConfig, sizes: dict[str, int]) -> None:
     """Every dimension is a multiple of the product of the mesh axes that split it (an unknown axis has size 1)."""
-    for name, rule in dataclasses.asdict(run.rules).items():
+    for name, rule in named(run.rules).items():
         parts = math.prod(sizes[axis] for axis in axes_of(rule))
         for dim, size in split_dims(run.model, run.train).get(name.removeprefix("act_"), {}).items():
             if size % parts:
@@ -139,7 +157,7 @@ def split_dims(model: ModelConfig, train: TrainConfig) -> dict[str, dict[str, in
 def check_used(run: RunConfig, sizes: dict[str, int]) -> None:
     """Every axis has something to split, in the way that a step goes about it."""
     model, train, execution = run.model, run.train, run.execution
-    bound = {axis for rule in dataclasses.asdict(run.rules).values() for axis in axes_of(rule)}
+    bound = {axis for rule in named(run.rules).values() for axis in axes_of(rule)}
     for axis, size in sizes.items():
         if size > 1 and axis not in bound:
             raise ValueError(
@@ -200,10 +218,7 @@ def check_pipe(run: RunConfig, sizes: dict[str, int]) -> None:
 
 def check_meeting(rules: AxisRules, sizes: dict[str, int]) -> None:
     """Activations are split where the weights are that they meet: a step computes each device's part in place."""
-    split = {
-        name: tuple(axis for axis in axes_of(rule) if sizes[axis] > 1)
-        for name, rule in dataclasses.asdict(rules).items()
-    }
+    split = {name: tuple(axis for axis in axes_of(rule) if sizes[axis] > 1) for name, rule in named(rules).items()}
     for weights, activations in (("heads", "act_heads"), ("ffn", "act_ffn"), ("vocab", "act_vocab")):
         if split[weights] != split[activations]:
             raise ValueError(
@@ -218,7 +233,16 @@ def check_meeting(rules: AxisRules, sizes: dict[str, int]) -> None:
         )
 
 
-def picked_mesh(run: RunConfig, num_devices: int) -> MeshConfig:
+# mesh=auto ------------------------------------------------------------------------------------------------------------
+
+
+def picked_mesh(run: RunConfig, num_devices: int, kind: str = "", slices: int = 1) -> MeshConfig:
+    """The mesh that the planner finds quickest on chips that it knows, else the simplest one that divides the run."""
+    chip = next((chip for chip in CHIPS if kind in chip.kinds), None)
+    return planned_mesh(run, num_devices, chip, slices) if chip else simplest_mesh(run, num_devices)
+
+
+def simplest_mesh(run: RunConfig, num_devices: int) -> MeshConfig:
     """A mesh that divides the run: experts apart, fully sharded data, and as little tensor and context as will do.
 
     Weights travel least where tokens stay; tensor and context come in where the batch has no more sequences to split.
@@ -243,6 +267,83 @@ def picked_mesh(run: RunConfig, num_devices: int) -> MeshConfig:
     )
 
 
-def divisors(number: int) -> list[int]:
-    """Every divisor, smallest first; of 0, which means none of them, only 1."""
-    return [size for size in range(1, max(number, 1) + 1) if max(number, 1) % size == 0]
+def planned_mesh(run: RunConfig, num_devices: int, chip: Chip, slices: int = 1) -> MeshConfig:
+    """Of all meshes that divide the run as it is, the one whose step takes the least time by perf/plan.py.
+
+    Where none of them fits by its arithmetic, the one that needs the least: the compiler has the last word.
+    """
+
+    from perf.plan import quickest  # numpy, which no other run needs before its loop
+
+    def check(candidate: Candidate) -> None:
+        dataclasses.replace(run, mesh=candidate.mesh).check_devices(candidate.devices)
+
+    base = planned_candidate(run, MeshConfig(data=1), slices)
+    ways = training_meshes(run.model, base, num_devices, check).allowed
+    return quickest(planned_question(run, num_devices, chip), ways).mesh if ways else simplest_mesh(run, num_devices)
+
+
+def planned_candidate(run: RunConfig, mesh: MeshConfig, slices: int = 1) -> Candidate:
+    """The run as it is, on a mesh."""
+    return Candidate(
+        mesh=mesh,
+        slices=slices,
+        batch=run.train.batch_size,
+        accumulate=run.train.accumulate,
+        microbatches=run.execution.microbatches,
+        repeats=run.execution.repeats,
+        remat=run.model.remat,
+        precision=own_precision(run, "train"),
+    )
+
+
+def planned_question(run: RunConfig, num_devices: int, chip: Chip) -> "Question":
+    """What the planner is asked about a run whose mesh alone is open."""
+    from perf.plan import Question
+
+    return Question(
+        step="train",
+        model=with_usual_vocabulary(run.model, run.data),
+        optim=run.optim,
+        train=run.train,
+        chip=chip,
+        chips=(max(num_devices // chip.devices_per_chip, 1),),
+        length=run.train.seq_len,
+        precisions=(own_precision(run, "train"),),
+    )
+
+
+def applied(run: RunConfig, candidate: Candidate) -> RunConfig:
+    """The run in the way that a candidate says."""
+    compute = candidate.precision.compute
+    execution = dataclasses.replace(run.execution, microbatches=candidate.microbatches, repeats=candidate.repeats)
+    if candidate.mesh.pipe == 1:
+        execution = dataclasses.replace(execution, pipeline="circular")
+    return dataclasses.replace(
+        run,
+        model=dataclasses.replace(
+            run.model,
+            remat=candidate.remat,
+            compute_dtype="float32" if compute == "fp32" else "bfloat16",
+            matmul=compute if compute in ("int8", "fp8") else "float",
+        ),
+        mesh=candidate.mesh,
+        execution=execution,
+        train=dataclasses.replace(run.train, batch_size=candidate.batch, accumulate=candidate.accumulate),
+    )
+
+
+def own_precision(run: RunConfig, step: Step) -> Precision:
+    """The numbers that a run asks for: parameters are float32 in training, and in serving what they multiply in."""
+    number = "fp32" if run.model.compute_dtype == "float32" else "bf16"
+    if step == "train":
+        return Precision("fp32", run.model.matmul if run.model.matmul != "float" else number, number)
+    return Precision(number, number, number)
+
+
+def with_usual_vocabulary(model: ModelConfig, data: DataConfig) -> ModelConfig:
+    """The model with the vocabulary that its tokenizer will have, as near as can be said without opening it."""
+    if model.vocab_size:
+        return model
+    size = {"byte": 258, "char": 128, "bpe": data.bpe_vocab}.get(data.tokenizer, UNKNOWN_VOCABULARY)
+    return dataclasses.replace(model, vocab_size=-(-size // 64) * 64)

@@ -2,11 +2,13 @@
 
     python -m perf compile CONFIG [key=value ...] --topology v5e:16x16    the TPU compiler's own word, without a TPU
     python -m perf shardings CONFIG [key=value ...] [--topology v5e:4x4]   tensor by tensor, collective by collective
+    python -m perf plan CONFIG|MODEL [key=value ...] --chip v5p --chips 128  the best meshes, by arithmetic
     python -m perf bench train|prefill|decode                              measured, beside this machine's roof
     python -m perf bench serve [--mix M] [--rate R] [--plot FILE]          requests answered, beside other ways to
     python -m perf simulate CONFIG|MODEL --chip v5e --chips 4 [--rate R]   requests answered on chips that are not here
     python -m perf calibrate [--check]                                     this machine as a chip; how well it predicts
     python -m perf soak --url http://127.0.0.1:8000 [--pid N]               many clients of a server on this machine
+    python -m perf score MEASUREMENTS.csv [--json]                         predicted beside published, and how wrong
     python -m perf quantize MODEL --file TEXT [--schemes int8 int4 fp8]    bytes, loss and speed of quantized weights
 
 Nothing heavy is imported before the command line is read.
@@ -30,14 +32,15 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command line; exit status 2 after an error that the user can mend."""
     parser = _parser()
     asked, extra = parser.parse_known_args(arguments)  # settings may stand between options, too
-    alone = {"bench": _bench, "soak": _soak, "quantize": _quantize, "simulate": _simulate, "calibrate": _calibrate}
+    alone = {"bench": _bench, "soak": _soak, "quantize": _quantize, "score": _score}
+    alone |= {"simulate": _simulate, "calibrate": _calibrate}
     if extra and (asked.command in alone or any(word.startswith("-") for word in extra)):
         parser.error(f"unrecognized arguments: {' '.join(extra)}")
     try:
         if asked.command in alone:
             return alone[asked.command](asked)
         asked.words += extra
-        return {"compile": _compile, "shardings": _shardings}[asked.command](asked)
+        return {"compile": _compile, "shardings": _shardings, "plan": _plan}[asked.command](asked)
     except (ValueError, OSError) as error:
         if sys.flags.dev_mode:  # python -X dev -m perf … shows where
             raise
@@ -93,6 +96,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     quantize.add_argument("--json", action="store_true", help="one JSON object, last on stdout")
 
+    score = commands.add_parser("score", help="predicted beside published measurements", allow_abbrev=False)
+    score.add_argument("file", type=pathlib.Path, metavar="MEASUREMENTS.csv", help="columns as perf/measurements.csv")
+    score.add_argument("--json", action="store_true", help="one JSON object, last on stdout")
+
+    _add_plan(commands.add_parser("plan", help="the best meshes for some chips, by arithmetic", allow_abbrev=False))
+
     compile_ = commands.add_parser("compile", help="compile a run's step for a TPU slice", allow_abbrev=False)
     shardings = commands.add_parser("shardings", help="how a run's tensors are split", allow_abbrev=False)
     for command in (compile_, shardings):
@@ -110,6 +119,39 @@ def _parser() -> argparse.ArgumentParser:
     compile_.add_argument("--largest-batch", action="store_true", help="find the largest train batch that fits")
     shardings.add_argument("--devices", type=_positive, help="over so many devices (default: of the first topology)")
     return parser
+
+
+def _add_plan(plan: argparse.ArgumentParser) -> None:
+    """Options of the planner."""
+    plan.add_argument(
+        "words", nargs="*", metavar="CONFIG|MODEL [key=value ...]", help="a run, or a model: llama3_1_405b"
+    )
+    plan.add_argument("--step", choices=("train", "prefill", "decode", "serve"), default="train", help="default: train")
+    plan.add_argument("--chip", default="", metavar="C", help="such as v5p or H100 (default: the config's topology)")
+    plan.add_argument("--chips", type=_positive, default=0, metavar="N", help="with --by cost: at most so many")
+    plan.add_argument("--topology", default="", metavar="T", help="instead of both, such as v5p:4x4x8")
+    plan.add_argument("--slices", type=_positive, default=0, help="of equal size (default: as few as will do)")
+    plan.add_argument(
+        "--batch", type=_counts, default=(), metavar="B[,B ...]", help="sequences over all chips (default: the run's)"
+    )
+    plan.add_argument("--length", type=_positive, default=0, help="tokens of a sequence, a prompt or in the cache")
+    plan.add_argument("--output", type=_positive, default=0, help="tokens of an answer (serve; default 256)")
+    plan.add_argument(
+        "--precision",
+        default="",
+        metavar="P[,P ...]",
+        help="bf16, int8, …; weights/cache in serving (default: the run's)",
+    )
+    plan.add_argument("--tokens", type=_rate, default=0.0, metavar="N", help="of the whole run: 15e12; cost is of them")
+    plan.add_argument("--by", choices=("time", "cost"), default="time", help="what counts (default time)")
+    plan.add_argument("--top", type=_positive, default=10, help="plans (default 10)")
+    plan.add_argument("--compile", type=_positive, default=0, metavar="K", help="ask the TPU compiler about the best K")
+    plan.add_argument("--report", default="", metavar="FILE", help="write a page with pictures, such as plan.html")
+    plan.add_argument("--json", action="store_true", help="one JSON object, last on stdout")
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(_positive(word) for word in text.split(","))
 
 
 def _add_kind(bench: argparse.ArgumentParser, batch: int, length: int) -> None:
@@ -304,6 +346,16 @@ def _quantize(asked: argparse.Namespace) -> int:
     return 0
 
 
+def _score(asked: argparse.Namespace) -> int:
+    """Predict what was measured."""
+    from perf.measurements import read
+    from perf.score import lines, report, score
+
+    rows = score(read(asked.file))
+    print(json.dumps(report(rows)) if asked.json else "\n".join(lines(rows)))
+    return 0
+
+
 def _serve(asked: argparse.Namespace) -> int:
     """Measure answering many requests."""
     from perf import serving
@@ -341,12 +393,12 @@ def _compile(asked: argparse.Namespace) -> int:
     run = _run(asked)
     topology = _topology(asked, run)
     if asked.step == "train" or run.mesh.auto:
-        run = run.on(topology.num_devices)
+        run = _on(run, topology)
     if asked.step == "train" and (asked.batch or asked.length):
         raise ValueError("--batch and --length are of prefill and decode; a run has train.batch_size and train.seq_len")
     if asked.step != "train" and asked.largest_batch:
         raise ValueError(f"--largest-batch is of the train step; for {asked.step} give --batch")
-    _ready(asked)
+    _ready()
     from perf import advice, aot, tables
 
     work = dataclasses.replace(
@@ -378,12 +430,12 @@ def _shardings(asked: argparse.Namespace) -> int:
         raise ValueError("--slices is of a topology; give --topology T")
     topology = None if asked.devices else _topology(asked, run)
     num_devices = topology.num_devices if topology else asked.devices
-    run = run.on(num_devices)
+    run = _on(run, topology) if topology else run.on(num_devices)
     if not asked.topology:  # any devices will do where nothing is compiled
         from parallel.platforms import cut_cpu
 
         cut_cpu(num_devices)
-    _ready(asked)
+    _ready()
     from parallel.mesh import make_mesh, mesh_sizes
     from parallel.topology import topology_devices
     from perf import aot, shardings, tables
@@ -411,6 +463,62 @@ def _shardings(asked: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(asked: argparse.Namespace) -> int:
+    """Rank the ways to run a step on some chips."""
+    import time
+
+    from configs.planning import Wishes, run_of
+    from configs.planning import asked as question_of
+    from perf import explanation
+    from perf.plan import search
+
+    start = time.perf_counter()
+    run, is_bare = run_of(asked.words, DEFAULT)
+    config = next((word for word in asked.words if "=" not in word), str(DEFAULT))
+    precisions = tuple(word for word in asked.precision.split(",") if word)
+    names = ("step", "chip", "chips", "topology", "slices", "length", "output", "tokens", "by", "top")
+    wishes = Wishes(batches=asked.batch, precisions=precisions, **{name: getattr(asked, name) for name in names})
+    question, check = question_of(run, is_bare, wishes)
+    answer = search(question, check)
+    found: dict[str, Any] = explanation.plain(answer, run.name)
+    found["seconds"] = round(time.perf_counter() - start, 3)
+    if not asked.json:
+        print("\n".join(explanation.lines(answer, run.name, config, found["seconds"])), flush=True)
+    if asked.report:
+        from perf import report
+
+        page = report.page(answer, run.name, config, report.neighbours(answer, check), report.scored())
+        pathlib.Path(asked.report).write_text(page, encoding="utf-8")
+        _say(f"written to {asked.report}")
+    for plan, row in zip(answer.plans[: asked.compile], found["plans"], strict=False):
+        row["compiled"] = _prove(run, question, plan)
+        _say(explanation.compiled_line(row))
+    if asked.json:
+        print(json.dumps(found))
+    return 0
+
+
+def _prove(run, question, plan) -> dict[str, Any]:
+    """What the TPU compiler makes of a plan."""
+    from configs.planning import as_planned
+
+    planned, topology = as_planned(run, question, plan)
+    _ready()
+    from perf import aot
+
+    one, length = plan.candidate, question.length + question.output
+    step = "decode" if question.step == "serve" else question.step
+    work = dataclasses.replace(_work(planned), step=step, batch=max(one.batch // one.replicas, 1), length=length)
+    report = aot.compiled(work, topology)
+    return {
+        "topology": topology.name,
+        "fits": report.fits,
+        "peak_bytes": report.peak_bytes,
+        "breakdown": report.breakdown,
+        "compile_cpu_seconds": round(report.compile_cpu_seconds, 1),
+    }
+
+
 def _run(asked: argparse.Namespace):
     from configs.commandline import resolve
 
@@ -427,7 +535,14 @@ def _topology(asked: argparse.Namespace, run):
     return find(name, asked.slices)
 
 
-def _ready(asked: argparse.Namespace) -> None:
+def _on(run, topology):
+    """The run on slices that are not here, as train.py would run it there."""
+    from parallel.chips import find
+
+    return run.on(topology.num_devices, find(topology.generation.name).kinds[0], topology.slices)
+
+
+def _ready() -> None:
     """Set this process up: computing on the CPU, compiling for TPUs, keeping nothing."""
     import jax
 

@@ -29,7 +29,6 @@ class Fit(NamedTuple):
     logs: np.ndarray  # of the constants
     jacobian: np.ndarray  # of residuals, weighted
     residuals: np.ndarray  # weighted alike, priors last
-    weights: np.ndarray  # of rows
 
 
 def table_of(rows: Sequence[Measurement]) -> tuple[Table, np.ndarray]:
@@ -53,11 +52,18 @@ def fit(rows: Sequence[Measurement], *, rounds: int = 60) -> Fit:
         return np.concatenate([found / NOISE, (logs - start) / spread])
 
     found = least_squares(residuals, start, loss="soft_l1", max_nfev=rounds)
-    weights = 1 / np.sqrt(np.sqrt(1 + residuals(found.x)[: len(rows)] ** 2))  # of soft_l1: outliers count less
-    jacobian = derivatives(table, found.x) / NOISE * weights[:, None]
+    return around(table, measured, found.x)
+
+
+def around(table: Table, measured: np.ndarray, logs: np.ndarray) -> Fit:
+    """The fit whose constants are known already."""
+    start = np.array([math.log(prior(name).value) for name in table.names])
+    spread = np.array([prior(name).spread for name in table.names])
+    off = (np.log(times(table, logs).total) - measured) / NOISE
+    weights = (1 + off**2) ** -0.25  # of soft_l1: outliers count less
+    jacobian = derivatives(table, logs) / NOISE * weights[:, None]
     jacobian = np.concatenate([jacobian, np.diag(1 / spread)])
-    rest = residuals(found.x) * np.concatenate([weights, np.ones(len(spread))])
-    return Fit(table, measured, found.x, jacobian, rest, weights)
+    return Fit(table, measured, logs, jacobian, np.concatenate([off * weights, (logs - start) / spread]))
 
 
 def derivatives(table: Table, logs: np.ndarray) -> np.ndarray:

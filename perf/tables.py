@@ -6,6 +6,7 @@ from typing import Any
 from perf import hlo
 from perf.advice import Change, blame
 from perf.aot import Report
+from perf.columns import aligned, gib
 from perf.hlo import Collective
 from perf.shardings import Row, total
 
@@ -134,25 +135,11 @@ def sharding_lines(rows: Sequence[Row]) -> Iterator[str]:
     yield from (f"  {row.path} ({mib(row.bytes)} MiB): {row.flag}" for row in flags)
 
 
-def aligned(rows: Sequence[Sequence[str]], *, right: Sequence[int]) -> Iterator[str]:
-    """A table, columns padded; those of numbers to the right."""
-    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
-    for row in rows:
-        padded = enumerate(zip(row, widths, strict=True))
-        cells = (f"{cell:>{width}}" if at in right else f"{cell:<{width}}" for at, (cell, width) in padded)
-        yield ("  " + "  ".join(cells)).rstrip()
-
-
 def short(operation: str, most: int = 60) -> str:
     """The end of a text that is long, and of jax's name of an operation without the words that say nothing."""
     words = [word for word in operation.split("/") if word not in ("while", "body", "closed_call", "checkpoint")]
     text = "/".join(words[1:] if len(words) > 1 else words)
     return text if len(text) <= most else "…" + text[-most + 1 :]
-
-
-def gib(bytes_: int) -> str:
-    """3.37 GiB"""
-    return f"{bytes_ / 2**30:,.2f} GiB" if bytes_ >= 2**27 else f"{bytes_ / 2**20:,.2f} MiB"
 
 
 def mib(bytes_: Any) -> str:

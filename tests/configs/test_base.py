@@ -4,11 +4,13 @@ import json
 import pytest
 
 from configs import case_a1, case_c, case_d, case_e, quickstart, shakespeare
-from configs.base import RunConfig, split_dims
+from configs.base import RunConfig, planned_candidate, planned_question, simplest_mesh, split_dims
 from configs.overrides import override
 from configs.tiny import run
 from data.config import SourceConfig
+from parallel.chips import CHIPS
 from parallel.records import from_dict, to_dict
+from perf.plan import quickest
 
 
 @pytest.mark.parametrize(
@@ -214,3 +216,35 @@ def test_auto_keeps_all_that_is_asked_of_it():
     assert ring.train.seq_len % (2 * ring.mesh.context) == 0
     assert override(run, ["mesh=auto"]).mesh.auto
     assert not override(run, ["mesh=auto"]).on(8).mesh.auto
+
+
+@pytest.mark.parametrize(
+    ("config", "num_devices", "kind"),
+    [
+        (case_a1.run, 256, "TPU v5 lite"),
+        (case_c.run, 128, "TPU v5p"),
+        (case_d.run, 64, "TPU v5p"),
+        (run, 8, "TPU v6 lite"),
+    ],
+    ids=lambda value: value.name if isinstance(value, RunConfig) else str(value),
+)
+def test_auto_asks_the_planner_on_chips_that_it_knows(config, num_devices, kind):
+    """Its mesh divides the run, is the same every time, and no slower than the simplest one by the planner's word."""
+    free = override(config, ["mesh=auto"])
+    picked = free.on(num_devices, kind)
+    picked.check_devices(num_devices)
+    assert free.on(num_devices, kind) == picked
+    base = planned_candidate(free, picked.mesh)
+    simple = planned_candidate(free, simplest_mesh(free, num_devices))
+    question = planned_question(free, num_devices, next(chip for chip in CHIPS if kind in chip.kinds))
+    assert quickest(question, [base, simple]).mesh == picked.mesh
+
+
+def test_auto_is_the_simplest_mesh_where_no_chip_is_known():
+    free = override(case_d.run, ["mesh=auto"])
+    assert free.on(64, "cpu") == free.on(64) == free.on(64, "Unheard of")
+
+
+def test_auto_puts_replicas_on_slices():
+    free = override(case_d.run, ["mesh=auto"])
+    assert free.on(64, "TPU v5p", 2).mesh.data % 2 == 0
