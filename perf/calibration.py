@@ -24,6 +24,7 @@ from perf.this_machine import PROBE, SMALL_PROBE, WIDE_PROBE, Machine, Table
 from training.losses import chunked_token_loss
 
 Say = Callable[[str], None]
+STEADY = 0.1  # by which the roof may differ before and after
 CHAIN = 12_000_000  # numbers of the weights of a chain
 SERVED_ROWS, SERVED_SIZES = (1, 2, 8, 16, 32, 64, 256), ((256, 256), (256, 704), (512, 1408), (576, 16384))
 TRAINED_ROWS, TRAINED_SIZES = (128, 512, 2048), ((128, 128), (128, 384), (256, 704), (512, 1408))
@@ -172,7 +173,11 @@ def measure(say: Say) -> Machine:
         loss_logit=loss(roof.flops_per_second),
     )
     say("pieces are measured; now probes of whole steps")
-    return with_rest(found, say)
+    found = with_rest(found, say)
+    drift = roofline.measure().flops_per_second / roof.flops_per_second
+    if not 1 - STEADY < drift < 1 + STEADY:
+        say(f"the roof is {drift:.2f} of what it was at the start: the machine was busy; measure again when it is not")
+    return found
 
 
 def with_rest(machine: Machine, say: Say) -> Machine:
