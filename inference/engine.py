@@ -21,8 +21,9 @@ from inference.blocks import NOBODY, block_names
 from inference.config import EngineConfig
 from inference.drafting import Draft, check_draft, draft
 from inference.request import EngineStats, Output, Prompt, Request, TopToken
-from inference.scheduler import Kind, Limits, Plan, Scheduler, SequenceState, Work
-from inference.steps import TILE, Batch, Program, Shape, power_of_two
+from inference.room import kinds_of, limits_of
+from inference.scheduler import Plan, Scheduler, SequenceState, Work
+from inference.steps import Batch, Program, Shape, power_of_two
 from model.config import ModelConfig, with_kernels
 from model.parameters import Parameters
 from parallel.config import AxisRules
@@ -64,9 +65,8 @@ class Engine:
         config = with_kernels(config, platform)
         self.parameters, self.options = parameters, options
         self.program = Program(config, mesh, rules, num_tokens)
-        self.max_length = most_tokens(config, options)
-        limits = Limits(options.max_rows, options.block_size, TILE, max(1, options.chunk // TILE), self.max_length)
-        kinds = kinds_of(config, options)
+        limits, kinds = limits_of(config, options), kinds_of(config, options)
+        self.max_length = limits.max_length
         guesses = guesses_of(options, draft)
         self.scheduler = Scheduler(kinds, limits, reuse=options.prefix_cache, guesses=guesses)
         self._num_blocks = {kind.name: kind.num_blocks for kind in kinds}
@@ -434,21 +434,6 @@ def guesses_of(options: EngineConfig, draft: Draft | None) -> speculative.TextGu
     kinds = {"off": None, "ngram": speculative.TextGuesses, "draft": speculative.ModelGuesses}
     make = kinds[options.speculation]
     return None if make is None else make(options.draft_length)
-
-
-def most_tokens(config: ModelConfig, options: EngineConfig) -> int:
-    """Tokens of a sequence: what the model takes, the options allow and the cache holds."""
-    asked = options.max_length or config.max_length
-    if asked > config.max_length:
-        raise ValueError(f"engine.max_length={asked} is more than the model's context of {config.max_length} tokens")
-    return min(asked, max(options.cache_tokens, 2 * options.block_size) - options.block_size)
-
-
-def kinds_of(config: ModelConfig, options: EngineConfig) -> list[Kind]:
-    """The kinds of layers that a model has, with as many blocks as hold the cache's tokens."""
-    num = -(-max(options.cache_tokens, 2 * options.block_size) // options.block_size) + 1
-    windows = {"global": None, "window": config.window}
-    return [Kind(kind, windows[kind], num) for kind in sorted(set(config.layer_kinds))]
 
 
 def powers_to(most: int) -> list[int]:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from inference.room import TILE
 from inference.sampling import Choice, Slots, choose, logprobs_of, record
 from model.config import ModelConfig
 from model.decoder import Decoder
@@ -24,7 +25,6 @@ from ops.ragged import Blocks, Groups, Ragged
 from parallel.config import AxisRules
 from parallel.sharding import Names, fitting, place, use
 
-TILE = 16  # Q, tokens of one prompt that stand together
 SCORED_AT_ONCE = 128  # positions whose logits exist at once, over all rows
 
 

@@ -5,6 +5,8 @@
     python -m perf plan CONFIG|MODEL [key=value ...] --chip v5p --chips 128  the best meshes, by arithmetic
     python -m perf bench train|prefill|decode                              measured, beside this machine's roof
     python -m perf bench serve [--mix M] [--rate R] [--plot FILE]          requests answered, beside other ways to
+    python -m perf simulate CONFIG|MODEL --chip v5e --chips 4 [--rate R]   requests answered on chips that are not here
+    python -m perf calibrate [--check]                                     this machine as a chip; how well it predicts
     python -m perf soak --url http://127.0.0.1:8000 [--pid N]               many clients of a server on this machine
     python -m perf score MEASUREMENTS.csv [--json]                         predicted beside published, and how wrong
     python -m perf quantize MODEL --file TEXT [--schemes int8 int4 fp8]    bytes, loss and speed of quantized weights
@@ -31,6 +33,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = _parser()
     asked, extra = parser.parse_known_args(arguments)  # settings may stand between options, too
     alone = {"bench": _bench, "soak": _soak, "quantize": _quantize, "score": _score}
+    alone |= {"simulate": _simulate, "calibrate": _calibrate}
     if extra and (asked.command in alone or any(word.startswith("-") for word in extra)):
         parser.error(f"unrecognized arguments: {' '.join(extra)}")
     try:
@@ -71,6 +74,13 @@ def _parser() -> argparse.ArgumentParser:
     soak.add_argument("--key", default="", help="for the API")
     soak.add_argument("--pid", type=_positive, default=0, help="the server's process, whose memory is watched")
     soak.add_argument("--json", action="store_true", help="one JSON object, last on stdout")
+
+    _add_simulate(commands.add_parser("simulate", help="what some chips would serve of a model", allow_abbrev=False))
+
+    calibrate = commands.add_parser("calibrate", help="measure this machine as a chip", allow_abbrev=False)
+    calibrate.add_argument("--file", type=pathlib.Path, help="of the constants (default: in the user's cache)")
+    calibrate.add_argument("--check", action="store_true", help="then steps of many sizes, predicted beside measured")
+    calibrate.add_argument("--json", action="store_true", help="one JSON object, last on stdout")
 
     quantize = commands.add_parser("quantize", help="what quantized weights cost and save", allow_abbrev=False)
     quantize.add_argument("model", metavar="MODEL", help="as for infer.py")
@@ -171,6 +181,29 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
     _add_ends(serve)
 
 
+def _add_simulate(simulate: argparse.ArgumentParser) -> None:
+    """Options of the simulator."""
+    simulate.add_argument("model", metavar="CONFIG|MODEL", help="a run's .py file, a family, or as for infer.py")
+    simulate.add_argument("--chip", required=True, help="such as v5e or H100")
+    simulate.add_argument("--chips", type=_positive, default=1, help="of all servers together (default 1)")
+    simulate.add_argument("--replicas", type=_positive, default=1, help="servers that answer (default 1)")
+    simulate.add_argument(
+        "--disaggregate", type=_ratio, metavar="P:D", help="P servers compute prompts for D that answer"
+    )
+    simulate.add_argument("--mix", choices=MIXES[:-1], default="sharegpt", help="what is asked (default sharegpt)")
+    simulate.add_argument(
+        "--rate", type=_rate, default=math.inf, metavar="R", help="Poisson arrivals a second (default: all at once)"
+    )
+    simulate.add_argument("--requests", type=_positive, default=1000, help="how many (default 1000)")
+    simulate.add_argument("--scale", type=_rate, default=1.0, help="lengths times this (default 1; not prefix)")
+    simulate.add_argument("--seed", type=int, default=0, help="of the trace (default 0)")
+    simulate.add_argument("--rows", type=_positive, default=256, help="answers of a server at once (default 256)")
+    simulate.add_argument("--chunk", type=_positive, default=2048, help="prompt tokens of a step (default 2048)")
+    for name, what in (("weights", "parameters"), ("compute", "products"), ("cache", "keys and values")):
+        simulate.add_argument(f"--{name}", default="bf16", metavar="N", help=f"numbers of {what} (default bf16)")
+    simulate.add_argument("--json", action="store_true", help="one JSON object, last on stdout")
+
+
 def _add_ends(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--peer", default="", metavar="PYTHON", help="interpreter with torch and transformers")
     bench.add_argument("--json", action="store_true", help="one JSON object, last on stdout")
@@ -181,6 +214,14 @@ def _rate(text: str) -> float:
     if not value > 0:
         raise argparse.ArgumentTypeError(f"{value} must be above 0")
     return value
+
+
+def _ratio(text: str) -> tuple[int, int]:
+    """1:2  ->  (1, 2)"""
+    first, _, second = text.partition(":")
+    if not (first.isdecimal() and second.isdecimal() and int(first) and int(second)):
+        raise argparse.ArgumentTypeError(f"{text} must be P:D, numbers of servers of at least 1, such as 1:2")
+    return int(first), int(second)
 
 
 def _positive(text: str) -> int:
@@ -240,6 +281,49 @@ def _soak(asked: argparse.Namespace) -> int:
     result = run(SoakConfig(**{name: getattr(asked, name) for name in names}))
     print(json.dumps(result) if asked.json else "\n".join(_lines(result)))
     return 0 if result["passed"] else 1
+
+
+def _simulate(asked: argparse.Namespace) -> int:
+    """Serve a trace with servers that do not exist."""
+    from perf import forecast
+    from perf.workload import Workload
+
+    names = ("mix", "requests", "rate", "scale", "seed")
+    prefill, replicas = asked.disaggregate or (0, asked.replicas)
+    if asked.disaggregate and asked.replicas > 1:
+        raise ValueError("--disaggregate P:D says how many servers answer; leave out --replicas")
+    settings = {
+        name: getattr(asked, name) for name in ("chip", "chips", "rows", "chunk", "weights", "compute", "cache")
+    }
+    config = forecast.ForecastConfig(
+        replicas=replicas, prefill=prefill, work=Workload(**{name: getattr(asked, name) for name in names}), **settings
+    )
+    if asked.model.endswith(".py"):
+        from perf.aot import with_assumed_vocabulary
+
+        asked.words = [asked.model]
+        run = _run(asked)
+        model = with_assumed_vocabulary(run.model, run.data)
+    else:
+        model = forecast.shape_of(asked.model)
+    result, _ = forecast.run(model, config)
+    print(json.dumps({"model": asked.model, **result}) if asked.json else "\n".join(_lines(result)))
+    return 0
+
+
+def _calibrate(asked: argparse.Namespace) -> int:
+    """Measure this machine's constants and keep them."""
+    _prepare()
+    from perf import calibration, this_machine
+
+    path = asked.file or this_machine.usual_path()
+    machine = calibration.measure(_say)
+    this_machine.save(machine, path)
+    result = {"file": str(path), "flops": machine.flops, "bandwidth": machine.bandwidth}
+    if asked.check:
+        result |= calibration.summary(calibration.check(machine, _say))
+    print(json.dumps(result) if asked.json else "\n".join(_lines({k: v for k, v in result.items() if k != "rows"})))
+    return 0
 
 
 def _quantize(asked: argparse.Namespace) -> int:

@@ -22,9 +22,9 @@ from data.config import DataConfig
 from data.tokenizer import ByteTokenizer
 from inference import steps as serving
 from inference.config import EngineConfig
-from inference.engine import kinds_of
+from inference.room import TILE, kinds_of
 from inference.sampling import empty_slots
-from inference.steps import TILE, Batch, Program, Shape, power_of_two
+from inference.steps import Batch, Program, Shape, power_of_two
 from model.config import ModelConfig, with_kernels
 from model.parameters import abstract, shardings, summed_dims
 from parallel.compilation import TPU_OPTIONS

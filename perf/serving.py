@@ -23,9 +23,10 @@ from model.parameters import Parameters, initialize
 from parallel.config import AxisRules, MeshConfig
 from parallel.mesh import make_mesh
 from perf import workload
+from perf.answers import Played
 from perf.overhead import sampling_shares, watched
 from perf.peer import Peer
-from perf.playing import Played, play
+from perf.playing import play
 from perf.roofline import median
 from perf.workload import Trace, Workload
 
@@ -121,7 +122,7 @@ def ready(served: Served, bench: ServeConfig, trace: Trace, say: Say, **options:
 
     Sequences of up to LENGTH tokens share sizes and so, on disk, compiled programs.
     """
-    room = min(max(LENGTH, longest(trace)), served.config.max_length)
+    room = min(max(LENGTH, workload.longest(trace)), served.config.max_length)
     tokens = (bench.rows + 1) * room
     engine = engine_for(served, EngineConfig(max_rows=bench.rows, cache_tokens=tokens, max_length=room, **options))
     if bench.copy:  # all at once, so that every play has the steps of this one
@@ -203,15 +204,6 @@ def copying(served: Served) -> Trace:
     root = pathlib.Path(__file__).parents[1]
     documents = [served.encode((root / name).read_text(encoding="utf-8"))[:COPIED] for name in DOCUMENTS]
     return workload.copying(documents, answer=COPIED)
-
-
-def longest(trace: Trace) -> int:
-    """Tokens of the longest sequence, what it follows and a step's guesses included."""
-    lengths: list[int] = []
-    for arrival in trace:
-        before = lengths[arrival.follows] if arrival.follows >= 0 else 0
-        lengths.append(before + len(arrival.prompt) + arrival.max_tokens)
-    return max(lengths) + 1
 
 
 def middle(trace: Trace) -> int:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from perf.playing import Played, Tick
+from perf.answers import Played, Tick
 
 # Okabe and Ito's colours, told apart by everybody; the engine's is the darkest and its line the widest
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")

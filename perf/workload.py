@@ -146,6 +146,15 @@ def tokens(random: np.random.Generator, count: int, vocab: int) -> tuple[int, ..
     return tuple(random.integers(0, vocab, count).tolist())
 
 
+def longest(trace: Trace) -> int:
+    """Tokens of the longest sequence, what it follows and a step's guesses included."""
+    lengths: list[int] = []
+    for arrival in trace:
+        before = lengths[arrival.follows] if arrival.follows >= 0 else 0
+        lengths.append(before + len(arrival.prompt) + arrival.max_tokens)
+    return max(lengths) + 1
+
+
 def normal(x: float) -> float:
     """The normal distribution's probability of less than x."""
     return (1 + math.erf(x / math.sqrt(2))) / 2

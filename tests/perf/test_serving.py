@@ -10,8 +10,9 @@ from model.config import ModelConfig
 from parallel import compilation, host_memory
 from perf import __main__ as door
 from perf import overhead, serving, serving_plot
+from perf.answers import Answered, Played, Tick, percentiles
 from perf.peer import Peer
-from perf.playing import Answered, Played, Tick, percentiles, play
+from perf.playing import play
 from perf.workload import Arrival, Workload
 
 TINY = ModelConfig(
