@@ -444,7 +444,11 @@ def _attention(step: Step) -> dict[str, int]:
     numbers = constants.late_wide * step.tokens * F + constants.late_heads * step.tokens * heads
     numbers += constants.late_stream * step.apart * model.embed_dim
     gathered = sum(_sizes(step, part="attention"))
-    return {"gathered": round(step.width * gathered), "layer": round(step.width * numbers)}
+    ring = 0
+    if split.parts("seq") > 1:  # gradients of queries, keys and values of the whole ring, in float32
+        wide = split.share(model.num_heads, "act_heads") + 2 * split.share(model.num_kv_heads, "act_heads")
+        ring = 4 * step.tokens * wide * model.head_dim
+    return {"gathered": round(step.width * gathered), "layer": round(step.width * numbers), "exchange": ring}
 
 
 def _exchange(step: Step) -> int:
