@@ -92,7 +92,8 @@ def lines(cases: Sequence[Case]) -> Iterator[str]:
         found = predicted(case)
         here, there = ("yes" if fits else "no" for fits in (found.fits, case.fits))
         sizes = f"{gib(case.peak_bytes)} | {gib(found.total)}"
-        yield f"| {case.name} | {sizes} | {error(case):+.1%} | {found.moment} | {there}, {here} |"
+        name = case.name.replace("|", "\\|")
+        yield f"| {name} | {sizes} | {error(case):+.1%} | {found.moment} | {there}, {here} |"
 
 
 def groups(cases: Sequence[Case]) -> Iterator[tuple[str, ...]]:
