@@ -47,6 +47,7 @@ class Constants(NamedTuple):
     late_wide: float = 4.0  # of a token and F where attention's backward is at work and FFN's gradients still wait
     late_heads: float = 6.0  # of a token and all heads there: queries, attention's result, gradients of both
     late_stream: float = 7.0  # of a token and D there
+    together: float = 2.0  # of a token and D gathered over tensor, which splits the sequence between blocks
     head_gradient: float = 0.8  # of the table's whole gradient in float32: whether it waits for the layers' backward
     logits: float = 6.0  # bytes of a logit: float32, and its gradient in the type of products
 
@@ -394,6 +395,8 @@ def _backward(step: Step) -> dict[str, int]:
     if step.stages > 1:  # the tick's own activations, taken out of all ticks', and its gradients
         before["activations"] += _activations(step, step.rows)
         before["gradients"] += _gradients(step, "layers")
+    if step.tokens > step.apart:
+        before["layer"] += round(step.constants.together * step.tokens * step.model.embed_dim * step.width)
     inner = max(_ffn(step), _attention(step), key=lambda parts: sum(parts.values()))
     return {kind: before.get(kind, 0) + inner.get(kind, 0) for kind in before | inner}
 
@@ -441,7 +444,11 @@ def _attention(step: Step) -> dict[str, int]:
     numbers = constants.late_wide * step.tokens * F + constants.late_heads * step.tokens * heads
     numbers += constants.late_stream * step.apart * model.embed_dim
     gathered = sum(_sizes(step, part="attention"))
-    return {"gathered": round(step.width * gathered), "layer": round(step.width * numbers)}
+    ring = 0
+    if split.parts("seq") > 1:  # gradients of queries, keys and values of the whole ring, in float32
+        wide = split.share(model.num_heads, "act_heads") + 2 * split.share(model.num_kv_heads, "act_heads")
+        ring = 4 * step.tokens * wide * model.head_dim
+    return {"gathered": round(step.width * gathered), "layer": round(step.width * numbers), "exchange": ring}
 
 
 def _exchange(step: Step) -> int:

@@ -21,7 +21,7 @@ BOUND = 0.5  # of what a constant was read off to be: how far a fit may go from 
 
 
 class Score(NamedTuple):
-    """Of predictions of rows that fit."""
+    """Of predictions."""
 
     rows: int
     median: float  # absolute error relative to the compiler's peak
@@ -54,9 +54,9 @@ def loss(cases: Sequence[Case], constants: Constants) -> float:
 
 
 def scored(cases: Sequence[Case]) -> list[Case]:
-    """Those that the compiler accepts; of a step compiled at low effort and at full, the full one."""
+    """Each step once: at full effort where it was compiled at both. One that is refused says what it would need."""
     full = {case.name for case in cases if case.effort == 0}
-    return [case for case in cases if case.fits and (case.effort == 0 or case.name not in full)]
+    return [case for case in cases if case.effort == 0 or case.name not in full]
 
 
 def fit(cases: Sequence[Case], start: Constants = CONSTANTS) -> Constants:
@@ -91,9 +91,9 @@ def lines(cases: Sequence[Case]) -> Iterator[str]:
     for case in cases:
         found = predicted(case)
         here, there = ("yes" if fits else "no" for fits in (found.fits, case.fits))
-        off = f"{error(case):+.1%}" if case.fits else ""
         sizes = f"{gib(case.peak_bytes)} | {gib(found.total)}"
-        yield f"| {case.name} | {sizes} | {off} | {found.moment} | {there}, {here} |"
+        name = case.name.replace("|", "\\|")
+        yield f"| {name} | {sizes} | {error(case):+.1%} | {found.moment} | {there}, {here} |"
 
 
 def groups(cases: Sequence[Case]) -> Iterator[tuple[str, ...]]:
@@ -114,13 +114,14 @@ def groups(cases: Sequence[Case]) -> Iterator[tuple[str, ...]]:
 def main(path: pathlib.Path) -> int:
     """Print all of it."""
     cases = [case for case in read(path) if case.fits is not None]
-    fitting = scored(cases)
+    steps = scored(cases)
+    fitting = [case for case in steps if case.fits]
     print("\n".join(lines(cases)))
-    print("\n".join(aligned(list(groups(fitting)), right=(2, 3, 4))))
-    print("as they are:", score([error(case) for case in fitting]))
-    print("cross-validated:", score(cross_validated(fitting)))
-    fitted = fit(fitting)
-    print("fitted anew:", fitted, score([error(case, fitted) for case in fitting]))
+    print("\n".join(aligned(list(groups(steps)), right=(2, 3, 4))))
+    print("as they are:", score([error(case) for case in steps]))
+    print("cross-validated:", score(cross_validated(steps)))
+    fitted = fit(steps)
+    print("fitted anew:", fitted, score([error(case, fitted) for case in steps]))
     wrong = [case.name for case in cases if predicted(case).fits and not case.fits]
     refused = [case.name for case in fitting if not predicted(case).fits]
     print(f"said to fit but do not: {wrong}; refused though they fit: {len(refused)} of {len(fitting)}: {refused}")
