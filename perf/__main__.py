@@ -7,6 +7,7 @@
     python -m perf bench serve [--mix M] [--rate R] [--plot FILE]          requests answered, beside other ways to
     python -m perf simulate CONFIG|MODEL --chip v5e --chips 4 [--rate R]   requests answered on chips that are not here
     python -m perf calibrate [--check]                                     this machine as a chip; how well it predicts
+    python -m perf calibrate --from MEASUREMENTS.csv                       the constants of other chips, fitted again
     python -m perf soak --url http://127.0.0.1:8000 [--pid N]               many clients of a server on this machine
     python -m perf score MEASUREMENTS.csv [--json]                         predicted beside published, and how wrong
     python -m perf quantize MODEL --file TEXT [--schemes int8 int4 fp8]    bytes, loss and speed of quantized weights
@@ -78,6 +79,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_simulate(commands.add_parser("simulate", help="what some chips would serve of a model", allow_abbrev=False))
 
     calibrate = commands.add_parser("calibrate", help="measure this machine as a chip", allow_abbrev=False)
+    calibrate.add_argument(
+        "--from",
+        dest="rows",
+        type=pathlib.Path,
+        metavar="MEASUREMENTS.csv",
+        help="fit the constants of plan to these instead (half a minute), and write them to --file",
+    )
     calibrate.add_argument("--file", type=pathlib.Path, help="of the constants (default: in the user's cache)")
     calibrate.add_argument("--check", action="store_true", help="then steps of many sizes, predicted beside measured")
     calibrate.add_argument("--json", action="store_true", help="one JSON object, last on stdout")
@@ -312,7 +320,9 @@ def _simulate(asked: argparse.Namespace) -> int:
 
 
 def _calibrate(asked: argparse.Namespace) -> int:
-    """Measure this machine's constants and keep them."""
+    """Measure this machine's constants and keep them; or fit the constants to published measurements."""
+    if asked.rows:
+        return _fit(asked)
     _prepare()
     from perf import calibration, this_machine
 
@@ -323,6 +333,25 @@ def _calibrate(asked: argparse.Namespace) -> int:
     if asked.check:
         result |= calibration.summary(calibration.check(machine, _say))
     print(json.dumps(result) if asked.json else "\n".join(_lines({k: v for k, v in result.items() if k != "rows"})))
+    return 0
+
+
+def _fit(asked: argparse.Namespace) -> int:
+    """Fit the constants to a file of measurements."""
+    from perf import fit
+    from perf.measurements import read
+
+    if asked.check:
+        raise ValueError("--check measures this machine; with --from, python -m perf score says how far off they are")
+    rows = [row for row in read(asked.rows) if row.job is not None]
+    if not rows:
+        raise ValueError(f"{asked.rows} has no row that can be modelled; python -m perf score {asked.rows} says why")
+    _say(f"fitting to {len(rows)} rows")
+    found = fit.constants(fit.fit(rows))
+    path = asked.file or pathlib.Path("constants.json")
+    fit.write(found, path)
+    values = {name: f"{value:.4g} (×/÷ {math.exp(found.spread[name]):.2f})" for name, value in found.fitted.items()}
+    print(json.dumps({"file": str(path), "constants": found.fitted}) if asked.json else "\n".join(_lines(values)))
     return 0
 
 

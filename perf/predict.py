@@ -165,7 +165,7 @@ def _hidden(a: np.ndarray, b: np.ndarray, sharpness: float | np.ndarray) -> np.n
     return most * ((a / most) ** sharpness + (b / most) ** sharpness) ** (1 / sharpness)
 
 
-def _summed(table: Table, logs: np.ndarray, taken: np.ndarray, alone: tuple) -> Times:
+def _summed(table: Table, logs: np.ndarray, taken: np.ndarray, alone: tuple[np.ndarray, ...]) -> Times:
     """From operations to jobs."""
     of = {key: _bounded(key, np.exp(logs[index])) for key, index in table.of_row.items()}
     per_row = lambda values: np.bincount(table.row, values, len(table.jobs))  # noqa: E731
@@ -182,7 +182,9 @@ def _summed(table: Table, logs: np.ndarray, taken: np.ndarray, alone: tuple) -> 
     bubble = busy * table.bubble
     before = busy + added + bubble + once + of["host"] * table.tokens
     total = before * of["whole"]
-    return Times(*alone, taken, exposed, bubble, total - busy - added - bubble - once, total)
+    compute, memory, on_wire = alone
+    overhead = total - busy - added - bubble - once
+    return Times(compute, memory, on_wire, taken, exposed, bubble, overhead, total)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -203,13 +205,12 @@ def predict_all(jobs: Sequence[Job], chips: Sequence[Chip], constants: Constants
 
 def _prediction(table: Table, found: Times, row: int, ops: slice) -> Prediction:
     job, chip = table.jobs[row], table.chips[row]
-    columns = (found.exposed[ops], found.compute[ops], found.memory[ops], found.wire[ops])
+    columns = np.stack([found.exposed[ops], found.compute[ops], found.memory[ops], found.wire[ops]], axis=1).tolist()
     parts = [
         Part(
-            op.name, op.kind, float(exposed), float(compute), float(memory), float(on_wire), op.flops * op.count,
-            op.bytes * op.count, op.count,
+            op.name, op.kind, exposed, compute, memory, on_wire, op.flops * op.count, op.bytes * op.count, op.count,
         )
-        for op, exposed, compute, memory, on_wire in zip(table.ops[ops], *columns, strict=True)
+        for op, (exposed, compute, memory, on_wire) in zip(table.ops[ops], columns, strict=True)
     ]  # fmt: skip
     idle = functools.partial(Part, compute=0.0, memory=0.0, wire=0.0, flops=0.0, bytes=0.0, count=1.0)
     if found.bubble[row]:

@@ -49,3 +49,17 @@ def test_constants_are_written_and_read(rows, tmp_path):
     fit.write(found, tmp_path / "constants.json")
     again = load(tmp_path / "constants.json")
     assert again.fitted == pytest.approx(found.fitted, rel=1e-3)
+
+
+def test_the_command_fits_and_writes(tmp_path, capsys):
+    import json
+
+    from perf.__main__ import main
+
+    header, *lines = KNOWN.read_text(encoding="utf-8").splitlines()
+    few = tmp_path / "few.csv"
+    few.write_text("\n".join([header, *(line for line in lines if "NVIDIA_L4/" in line)]) + "\n", encoding="utf-8")
+    assert main(["calibrate", "--from", str(few), "--file", str(tmp_path / "made.json"), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert 0 < said["constants"]["matmul/L4/fp32"] < 1.1
+    assert main(["calibrate", "--from", str(few), "--check"]) == 2
