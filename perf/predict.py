@@ -138,7 +138,7 @@ class Times(NamedTuple):
     taken: np.ndarray  # by the operation alone
     exposed: np.ndarray  # of it, that the step is longer for it
     bubble: np.ndarray  # of a job
-    overhead: np.ndarray  # of a job: the host, and what the stack takes besides
+    overhead: np.ndarray  # of a job, in which nothing runs
     total: np.ndarray  # of a job
 
 
@@ -179,12 +179,11 @@ def _summed(table: Table, logs: np.ndarray, taken: np.ndarray, alone: tuple[np.n
     traffic = per_row(taken * (axis >= FSDP))
     added = _hidden(busy, traffic, 1 + of["overlap"]) - busy
     exposed = exposed + taken * (axis >= FSDP) * (added / np.maximum(traffic, 1e-30))[row]
-    bubble = busy * table.bubble
-    before = busy + added + bubble + once + of["host"] * table.tokens
-    total = before * of["whole"]
+    bubble, overhead = busy * table.bubble, of["host"] * table.tokens
+    total = busy + added + bubble + once + overhead
     compute, memory, on_wire = alone
-    overhead = total - busy - added - bubble - once
-    return Times(compute, memory, on_wire, taken, exposed, bubble, overhead, total)
+    whole = of["whole"]
+    return Times(compute, memory, on_wire, taken, exposed * whole[row], bubble * whole, overhead * whole, total * whole)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -215,7 +214,7 @@ def _prediction(table: Table, found: Times, row: int, ops: slice) -> Prediction:
     idle = functools.partial(Part, compute=0.0, memory=0.0, wire=0.0, flops=0.0, bytes=0.0, count=1.0)
     if found.bubble[row]:
         parts.append(idle("pipeline bubble", "bubble", float(found.bubble[row])))
-    parts.append(idle("host and the rest", "overhead", float(found.overhead[row])))
+    parts.append(idle("host", "overhead", float(found.overhead[row])))
     flops, seconds = model_flops(job), float(found.total[row])
     peak = chip.bf16_flops * job.layout.num_devices / chip.devices_per_chip
     return Prediction(seconds, tuple(parts), _bound(table.ops[ops], parts), flops, flops / seconds / peak)
