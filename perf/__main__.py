@@ -251,12 +251,13 @@ def _say(line: str) -> None:
 
 
 def _prepare() -> None:
-    """Make jax ready to measure this machine."""
-    from parallel.compilation import cache_compilations
-    from parallel.host_memory import keep_freed_memory
+    """Make jax ready to measure this machine: where it may look is said before it is imported."""
     from parallel.platforms import look_only_where_chips_are
 
     look_only_where_chips_are()
+    from parallel.compilation import cache_compilations
+    from parallel.host_memory import keep_freed_memory
+
     keep_freed_memory()
     cache_compilations()
 
