@@ -27,6 +27,12 @@ def num_parameters(config: ModelConfig) -> int:
     return V * D + positions + head + _layers(config, config.num_experts) + _norm_parameters(config, D)
 
 
+def expert_parameters(config: ModelConfig) -> int:
+    """Of the routed experts of all layers; the router and shared experts are not among them."""
+    sparse = config.num_layers - _num_dense(config)
+    return 3 * config.embed_dim * config.expert_ffn_dim * config.num_experts * sparse
+
+
 def matmul_parameters(config: ModelConfig) -> int:
     """Parameters that every token multiplies by: all matrices, and the unembedding, which may be the tied table."""
     return _matrices(config) + config.vocab_size * config.embed_dim

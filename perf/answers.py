@@ -27,6 +27,11 @@ class Answered(NamedTuple):
         """TPOT: seconds of each further token; None where there is none."""
         return (self.last - self.first) / (self.tokens - 1) if self.tokens > 1 else None
 
+    def with_more(self, tokens: int, now: float) -> "Answered":
+        """The same after a step that gave it tokens."""
+        first = self.first if self.tokens else now
+        return self._replace(first=first, last=now, tokens=self.tokens + tokens, outputs=self.outputs + 1)
+
 
 class Tick(NamedTuple):
     """A step of the engine that gave tokens."""

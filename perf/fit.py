@@ -44,8 +44,7 @@ def fit(rows: Sequence[Measurement], *, rounds: int = 60) -> Fit:
     from scipy.optimize import least_squares
 
     table, measured = table_of(rows)
-    start = np.array([math.log(prior(name).value) for name in table.names])
-    spread = np.array([prior(name).spread for name in table.names])
+    start, spread = _priors(table)
 
     def residuals(logs: np.ndarray) -> np.ndarray:
         found = np.log(times(table, logs).total) - measured
@@ -57,13 +56,18 @@ def fit(rows: Sequence[Measurement], *, rounds: int = 60) -> Fit:
 
 def around(table: Table, measured: np.ndarray, logs: np.ndarray) -> Fit:
     """The fit whose constants are known already."""
-    start = np.array([math.log(prior(name).value) for name in table.names])
-    spread = np.array([prior(name).spread for name in table.names])
+    start, spread = _priors(table)
     off = (np.log(times(table, logs).total) - measured) / NOISE
     weights = (1 + off**2) ** -0.25  # of soft_l1: outliers count less
     jacobian = derivatives(table, logs) / NOISE * weights[:, None]
     jacobian = np.concatenate([jacobian, np.diag(1 / spread)])
     return Fit(table, measured, logs, jacobian, np.concatenate([off * weights, (logs - start) / spread]))
+
+
+def _priors(table: Table) -> tuple[np.ndarray, np.ndarray]:
+    """Logarithms that constants are drawn to, and how far they may be off."""
+    priors = [prior(name) for name in table.names]
+    return np.array([math.log(one.value) for one in priors]), np.array([one.spread for one in priors])
 
 
 def derivatives(table: Table, logs: np.ndarray) -> np.ndarray:

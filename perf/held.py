@@ -65,8 +65,7 @@ def _whole(**kinds: int | float) -> dict[str, int]:
 
 def _parameters(model: ModelConfig) -> tuple[int, int]:
     """Of everything but experts, and of experts."""
-    sparse = model.num_layers - model.num_dense_layers if model.num_experts else 0
-    experts = 3 * model.embed_dim * model.expert_ffn_dim * model.num_experts * sparse
+    experts = cost.expert_parameters(model)
     return cost.num_parameters(model) - experts, experts
 
 

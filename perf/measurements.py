@@ -8,7 +8,6 @@ import csv
 import dataclasses
 import pathlib
 import re
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from model import cost
@@ -329,9 +328,3 @@ def reported(found: Measurement, seconds: float) -> float:
     if found.metric.startswith(("step_time", "latency")):
         return seconds / found.seconds(1.0)
     return found.seconds(1.0) / seconds
-
-
-def in_sources(rows: list[Measurement]) -> Iterator[tuple[str, list[Measurement]]]:
-    """Rows of each source, in the order in which sources come."""
-    for source in dict.fromkeys(row.source for row in rows):
-        yield source, [row for row in rows if row.source == source]

@@ -141,15 +141,15 @@ def _attention(job: Job, block: _Block, is_fused: bool) -> list[Operation]:
     number = "fp32" if job.compute == "fp32" else "bf16"
     flops = 2 * N * (H + W) * block.pairs * block.sequences
     moved = _activation(job) * block.tokens * (N * (H + W) + K * (H + W))
-    moved += BYTES[job.cache] * block.sequences * block.past * _cached_numbers(model, K)
+    moved += BYTES[job.cache] * block.sequences * block.past * cached_numbers(model, K)
     found = [Operation("attention", "attention", number, flops, moved, rows=block.tokens, inner=H, columns=block.past)]
     if not is_fused:
         found.append(_vector(job, "scores", SCORES * N * block.pairs * block.sequences))
     return found
 
 
-def _cached_numbers(model: ModelConfig, kv_heads: Size) -> Size:
-    """Of one token, one layer."""
+def cached_numbers(model: ModelConfig, kv_heads: Size) -> Size:
+    """Keys and values of one token, in one layer that has so many heads of them."""
     return model.kv_rank + model.rope_dim if model.kv_rank else 2 * kv_heads * model.head_dim
 
 
@@ -307,9 +307,7 @@ def _ends(job: Job, tokens: Size, scored: Size) -> list[Operation]:
 def _local_parameters(job: Job) -> tuple[Size, Size]:
     """Parameters of one stage and tensor part, whole over fsdp: of everything but experts, and of its own experts."""
     model, layout = job.model, job.layout
-    total = cost.num_parameters(model)
-    sparse = model.num_layers - model.num_dense_layers if model.num_experts else 0
-    experts = 3.0 * model.embed_dim * model.expert_ffn_dim * model.num_experts * sparse
+    total, experts = cost.num_parameters(model), cost.expert_parameters(model)
     parts = layout.tensor * layout.pipe
     return (total - experts) / parts, experts / layout.pipe / max(layout.expert, layout.tensor)
 

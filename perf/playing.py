@@ -72,13 +72,7 @@ class _Play:
             if output.error:
                 raise ValueError(output.error)
             if output.tokens:
-                was = self.answers[place]
-                self.answers[place] = was._replace(
-                    first=was.first if was.tokens else now,
-                    last=now,
-                    tokens=was.tokens + len(output.tokens),
-                    outputs=was.outputs + 1,
-                )
+                self.answers[place] = self.answers[place].with_more(len(output.tokens), now)
                 self.texts[place] += tuple(output.tokens)
             if output.finish is not None:
                 del self.places[output.id]

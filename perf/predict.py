@@ -135,7 +135,6 @@ class Times(NamedTuple):
     compute: np.ndarray
     memory: np.ndarray
     wire: np.ndarray
-    taken: np.ndarray  # by the operation alone
     exposed: np.ndarray  # of it, that the step is longer for it
     bubble: np.ndarray  # of a job
     overhead: np.ndarray  # of a job, in which nothing runs
@@ -183,7 +182,7 @@ def _summed(table: Table, logs: np.ndarray, taken: np.ndarray, alone: tuple[np.n
     total = busy + added + bubble + once + overhead
     compute, memory, on_wire = alone
     whole = of["whole"]
-    return Times(compute, memory, on_wire, taken, exposed * whole[row], bubble * whole, overhead * whole, total * whole)
+    return Times(compute, memory, on_wire, exposed * whole[row], bubble * whole, overhead * whole, total * whole)
 
 
 @functools.lru_cache(maxsize=4096)

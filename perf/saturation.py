@@ -11,6 +11,7 @@ from typing import NamedTuple
 from model import cost
 from model.config import ModelConfig
 from parallel.chips import Chip
+from perf.operations import cached_numbers
 from perf.step_time import StepTime, by_prediction
 from perf.work import BYTES, Job
 
@@ -121,7 +122,4 @@ def token_bytes(job: Job) -> float:
 
 def numbers_of_token(model: ModelConfig, tensor: int) -> float:
     """Of one token over all layers, on one of `tensor` devices."""
-    if model.kv_rank:
-        return float(model.num_layers * (model.kv_rank + model.rope_dim))
-    heads = max(model.num_kv_heads / tensor, 1)
-    return 2.0 * model.num_layers * heads * model.head_dim
+    return float(model.num_layers * cached_numbers(model, max(model.num_kv_heads / tensor, 1)))

@@ -173,13 +173,7 @@ class _Simulation:
 
     def _take(self, place: int, replica: Replica, told: Told, now: float) -> None:
         """Tokens have come for a request."""
-        was = self.answers[place]
-        self.answers[place] = was._replace(
-            first=was.first if was.tokens else now,
-            last=now,
-            tokens=was.tokens + len(told.tokens),
-            outputs=was.outputs + 1,
-        )
+        self.answers[place] = self.answers[place].with_more(len(told.tokens), now)
         if place in self.next:
             self.texts[place] += tuple(told.tokens)
         if told.finish is None:
