@@ -8,6 +8,7 @@ import csv
 import dataclasses
 import pathlib
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from model import cost
@@ -142,19 +143,24 @@ def _job(where: str, row: dict[str, str], num_chips: int) -> Job:
         raise UnmodelledError(f"kind {kind} is none of train, prefill, decode, generate")
     if not num_chips:
         raise UnmodelledError("num_chips is not given")
+    chip = _meant(chips.find, row["chip"])
     stack = _stack(row)
     layout = _layout(row, num_chips)
     weights, compute = _formats(row)
     if row["remat"] not in REMAT:
         raise UnmodelledError(f"remat {row['remat']} is not known")
-    length = int(_number(where, row, "seq_len"))
+    length, output = (int(_number(where, row, name)) for name in ("seq_len", "output_len"))
+    if length < 1 or (kind == "generate" and output < 1):
+        raise UnmodelledError(f"seq_len={length} and output_len={output} must be at least 1")
+    if not _number(where, row, "value"):
+        raise UnmodelledError("value=0 is no measurement")
     job = Job(
         kind=kind,  # type: ignore[arg-type]
         model=_model(where, row),
         layout=layout,
         batch=int(_number(where, row, "global_batch")) or 1,
         length=min(length, PROMPT) if stack == "jax-llm" and kind == "prefill" else length,
-        output=int(_number(where, row, "output_len")) if kind == "generate" else 0,
+        output=output if kind == "generate" else 0,
         microbatch=int(_number(where, row, "microbatch")),
         weights=weights,
         compute=compute,
@@ -168,7 +174,15 @@ def _job(where: str, row: dict[str, str], num_chips: int) -> Job:
         return job
     if kind != "generate":
         raise UnmodelledError("global_batch is not given")
-    return dataclasses.replace(job, batch=saturating(job, chips.find(row["chip"])))
+    return dataclasses.replace(job, batch=saturating(job, chip))
+
+
+def _meant(make: Callable[..., Any], *words: Any, **more: Any) -> Any:
+    """What words make; where that is nothing, it is why the row is no job, and no error of the file."""
+    try:
+        return make(*words, **more)
+    except ValueError as error:
+        raise UnmodelledError(str(error)) from None
 
 
 def saturating(job: Job, chip: chips.Chip) -> int:
@@ -212,6 +226,8 @@ def _layout(row: dict[str, str], chips: int) -> Layout:
     sizes = {
         "tensor": degrees.get("tp", 1), "pipe": degrees.get("pp", 1), "context": degrees.get("cp", 1), "fsdp": fsdp,
     }  # fmt: skip
+    if 0 in degrees.values():
+        raise UnmodelledError(f"parallelism {text} has a degree of 0; degrees are at least 1")
     used = sizes["tensor"] * sizes["pipe"] * sizes["context"] * fsdp
     data = degrees.get("dp", 0)
     if not data or data * used != devices:
@@ -235,6 +251,8 @@ def _model(where: str, row: dict[str, str]) -> ModelConfig:
     arch = row["arch"]
     get = lambda name: int(_number(where, row, name))  # noqa: E731
     D, N = get("d_model"), get("n_heads")
+    if not N:
+        raise UnmodelledError("n_heads is not given")
     width = re.search(r"hd(\d+)", arch)
     H = int(width[1]) if width else 64 if arch.startswith("t5") else D // N
     vocab = get("vocab")
@@ -256,8 +274,8 @@ def _model(where: str, row: dict[str, str]) -> ModelConfig:
         sizes |= {**latent, "head_dim": 192}
     window = {"window": 1024, "layers": ("window",) * 5 + ("global",)} if "local/global" in arch else {}
     layers = get("layers") * (2 if arch.startswith("t5") else 1)  # as many in the encoder as in the decoder
-    return ModelConfig(
-        vocab_size=vocab, embed_dim=D, num_layers=layers, num_heads=N, num_kv_heads=get("n_kv_heads") or N,
+    return _meant(
+        ModelConfig, vocab_size=vocab, embed_dim=D, num_layers=layers, num_heads=N, num_kv_heads=get("n_kv_heads") or N,
         ffn_dim=get("d_ff") or 4 * D, max_length=get("seq_len"), rope_theta=1e4, norm_eps=1e-5,
         gated=gated or bool(experts), positions="rope" if gated else "learned", norm="rms" if gated else "layer",
         tied=not gated, **{"head_dim": H, **window, **sizes},

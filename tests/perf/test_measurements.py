@@ -55,6 +55,12 @@ def test_experts_and_latents_are_read(tmp_path):
     ({"parallelism": "tp=7"}, "do not divide 64"),
     ({"dtype_act": "posit8"}, "posit8 is not known"),
     ({"metric": "joules"}, "joules says no time"),
+    ({"chip": "H101"}, "there is no chip H101"),
+    ({"n_heads": ""}, "n_heads is not given"),
+    ({"n_kv_heads": "3"}, "num_kv_heads=3"),
+    ({"parallelism": "tp=0"}, "tp=0"),
+    ({"seq_len": "0"}, "seq_len=0"),
+    ({"output_len": "0", "value": "0"}, "value=0"),
 ])  # fmt: skip
 def test_what_is_no_job_says_why(tmp_path, change, reason):
     (row,) = rows(tmp_path, change)
