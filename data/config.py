@@ -55,3 +55,42 @@ class DataConfig:
     def sources(self) -> tuple[SourceConfig, ...]:
         """The mixture, or path as its only source."""
         return self.mixture or (SourceConfig(path=self.path, field=self.field),)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairsConfig:
+    """Parallel text for translation: where the pairs are, their tokenizers, and the lengths of a batch's rows."""
+
+    path: str = "dates"  # dates (generated), a folder with train.SOURCE and train.TARGET, FILE,FILE, a .tsv or .jsonl
+    source: str = (
+        "en"  # language to translate from: a file ending in a folder, a key in a .jsonl; a .tsv's first column
+    )
+    target: str = "de"  # language to translate to: the same; a .tsv's second column
+    tokenizer: Literal["bpe", "char", "byte"] = "bpe"  # bpe and char are made from the pairs; char is enough for dates
+    bpe_vocab: int = 6000  # tokens of a trained bpe
+    shared: bool = True  # one vocabulary for both languages, made from both; false: one each
+    lower: bool = False  # lower-case every source and target
+    buckets: tuple[int, ...] = (16, 24, 32)  # row lengths in tokens below train.seq_len, which is always the last one
+    valid_pairs: int = 500  # kept for validation where the folder has no val.SOURCE (or valid., dev.)
+    test_pairs: int = 0  # taken from the training text and never shown to the run
+    examples: int = 20_000  # generated pairs, held-out ones among them (dates)
+
+    def __post_init__(self):
+        require(self, "pairs", "bpe_vocab", low=258)  # 256 bytes, begin and end of a text
+        require(self, "pairs", "valid_pairs test_pairs", low=0)
+        require(self, "pairs", "examples", low=1)
+        if self.source == self.target:
+            raise ValueError(
+                f"pairs.source={self.source} and pairs.target={self.target} are the same; translate between two"
+            )
+        if any(edge < 2 for edge in self.buckets) or list(self.buckets) != sorted(set(self.buckets)):
+            raise ValueError(f"pairs.buckets={self.buckets} must rise from 2 or more, as 16,24,32 does")
+
+
+def bucket_edges(buckets: tuple[int, ...], *, seq_len: int) -> tuple[int, ...]:
+    """The buckets' row lengths, seq_len last; ValueError where a bucket is longer."""
+    if buckets and buckets[-1] > seq_len:
+        raise ValueError(
+            f"pairs.buckets has {buckets[-1]}, more than train.seq_len={seq_len}; leave it out, or raise train.seq_len"
+        )
+    return tuple(dict.fromkeys([*buckets, seq_len]))

@@ -22,6 +22,7 @@ __all__ = [
     "HuggingFaceTokenizer",
     "TextStream",
     "Tokenizer",
+    "char_with_ends",
     "fingerprint",
     "load_tokenizer",
     "train_bpe",
@@ -122,7 +123,7 @@ class ByteTokenizer:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CharTokenizer:
-    """One token a character out of a fixed set, in the order of their code points; no special tokens."""
+    """One token a character out of a fixed set, in the order of their code points; special tokens only if asked for."""
 
     characters: str  # sorted, each once
     adds_bos: bool = False
@@ -135,8 +136,8 @@ class CharTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """How many characters there are."""
-        return len(self.characters)
+        """How many characters and special tokens there are."""
+        return len(self.characters) + len(self.special_ids)
 
     @functools.cached_property
     def _points(self) -> np.ndarray:
@@ -158,17 +159,30 @@ class CharTokenizer:
             character = text[unknown[0]]
             raise ValueError(
                 f"character {character!r} (U+{ord(character):04X}) at {unknown[0]} is not among the "
-                f"{self.vocab_size} characters of the tokenizer; leave it out, or train with data.tokenizer=byte"
+                f"{len(self.characters)} characters of the tokenizer; leave it out, or train with data.tokenizer=byte"
             )
         return places.astype(np.int32)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The characters."""
-        return "".join(self.characters[id_] for id_ in ids if id_ < self.vocab_size)
+        return "".join(self.characters[id_] for id_ in ids if id_ < len(self.characters))
 
     def save(self, folder: pathlib.Path | str) -> None:
         """Write what load_tokenizer reads."""
-        _save_own(folder, {"kind": "char", "characters": self.characters})
+        kind = "char" if self.eos_id is None else "char with ends"
+        _save_own(folder, {"kind": kind, "characters": self.characters})
+
+
+def char_with_ends(characters: str) -> CharTokenizer:
+    """A tokenizer of characters (sorted, each once) and after them one token to end and one to begin a text."""
+    eos_id, bos_id = len(characters), len(characters) + 1
+    return CharTokenizer(
+        characters=characters,
+        bos_id=bos_id,
+        eos_id=eos_id,
+        end_ids=(eos_id,),
+        special_ids=frozenset({bos_id, eos_id}),
+    )
 
 
 def _code_points(text: str) -> np.ndarray:
@@ -190,6 +204,8 @@ def load_tokenizer(folder: pathlib.Path | str) -> Tokenizer:
         entries = json.loads(own.read_text(encoding="utf-8"))
         if entries["kind"] == "byte":
             return ByteTokenizer(adds_bos=entries["adds_bos"])
+        if entries["kind"] == "char with ends":
+            return char_with_ends(entries["characters"])
         return CharTokenizer(characters=entries["characters"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{own} is not a tokenizer: {error!r}; it was damaged after it was written") from None
