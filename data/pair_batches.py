@@ -154,20 +154,19 @@ def _make_tokenizer(config: PairsConfig, texts: list[str]) -> Tokenizer:
 
 
 def _encode_pairs(source_tokenizer: Tokenizer, tokenizer: Tokenizer, pairs: list[Pair]) -> EncodedPairs:
-    sources, targets = (
-        _encode_texts(by, [pair[side] for pair in pairs]) for side, by in enumerate((source_tokenizer, tokenizer))
-    )
+    sources = _spelling(source_tokenizer).encode_batch([source for source, _ in pairs])
+    targets = _spelling(tokenizer).encode_batch([target for _, target in pairs])
     return EncodedPairs(
-        sources=_join([[*ids, _eos(source_tokenizer)] for ids in sources]),
-        targets=_join([[_bos(tokenizer), *ids, _eos(tokenizer)] for ids in targets]),
+        sources=_join(sources, begin=[], end=[_eos(source_tokenizer)]),
+        targets=_join(targets, begin=[_bos(tokenizer)], end=[_eos(tokenizer)]),
     )
 
 
-def _encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Tokens of each text; a special token's name in a text is just its letters."""
+def _spelling(tokenizer: Tokenizer) -> Tokenizer:
+    """The same tokenizer, to which a special token's name in a text is just its letters."""
     if isinstance(tokenizer, HuggingFaceTokenizer):
-        tokenizer = dataclasses.replace(tokenizer, tokenizer=tokenizer.letters)
-    return [ids.tolist() for ids in tokenizer.encode_batch(texts)]
+        return dataclasses.replace(tokenizer, tokenizer=tokenizer.letters)
+    return tokenizer
 
 
 def _bos(tokenizer: Tokenizer) -> int:
@@ -180,10 +179,13 @@ def _eos(tokenizer: Tokenizer) -> int:
     return tokenizer.eos_id
 
 
-def _join(sequences: Sequence[Sequence[int]]) -> Texts:
+def _join(encoded: Sequence[np.ndarray], *, begin: Sequence[int], end: Sequence[int]) -> Texts:
+    first, last = np.array(begin, np.int32), np.array(end, np.int32)
+    parts = [part for ids in encoded for part in (first, ids, last)]
+    sizes = [len(first) + len(ids) + len(last) for ids in encoded]
     return Texts(
-        tokens=np.array([token for sequence in sequences for token in sequence], np.int32),
-        offsets=np.cumsum([0, *map(len, sequences)], dtype=np.int64),
+        tokens=np.concatenate([np.zeros(0, np.int32), *parts]),
+        offsets=np.cumsum([0, *sizes], dtype=np.int64),
     )
 
 
@@ -342,10 +344,10 @@ def encode_sources(
 
     Lower-case them where the model was trained on lower-cased text.
     """
-    encoded = []
+    spelling, encoded = _spelling(tokenizer), []
     for number, text in enumerate(texts, start=1):
         try:
-            (ids,) = _encode_texts(tokenizer, [text.lower() if lower else text])
+            ids = spelling.encode(text.lower() if lower else text)
         except ValueError as error:
             raise ValueError(f"line {number}: {error}") from None
         if len(ids) + 1 > max_length:
