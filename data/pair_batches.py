@@ -106,11 +106,12 @@ class PairCorpus:
     def describe(self) -> list[str]:
         """What there is to learn from."""
         sources, targets = len(self.train.sources.tokens), len(self.train.targets.tokens) - len(self.train)
-        sizes = dict.fromkeys((self.source_tokenizer.vocab_size, self.tokenizer.vocab_size))
+        own, other = f"{self.source_tokenizer.vocab_size:,}", f"{self.tokenizer.vocab_size:,}"
+        is_shared = self.source_tokenizer is self.tokenizer
         return [
             f"{self.name}: {self.report}",
             f"{sources:,} source tokens and {targets:,} target tokens train, "
-            f"of a vocabulary of {' and '.join(f'{size:,}' for size in sizes)}",
+            + (f"in one vocabulary of {own}" if is_shared else f"in vocabularies of {own} and {other}"),
         ]
 
 

@@ -213,7 +213,7 @@ def test_what_is_said_of_pairs_and_batches(tmp_path):
     assert corpus.describe() == [
         f"{tmp_path}/pairs.tsv: 3 pairs train, 0 validate, 0 kept apart for test; "
         "1 dropped: 1 with an empty side, 0 repeat a held-out pair",
-        "37 source tokens and 12 target tokens train, of a vocabulary of 4",
+        "37 source tokens and 12 target tokens train, in one vocabulary of 4",
     ]
     # source 2 + 4, target 8 + 2, of 2 sides of 3 rows of 8
     assert PairLoader(corpus, batch_size=1, seq_len=SEQ_LEN).describe() == [
@@ -249,7 +249,7 @@ def test_every_tokenizer_gives_the_text_back(tokenizer, shared, tmp_path):
 
 def test_a_vocabulary_each_knows_its_own_language(tmp_path):
     corpus = from_pairs(tmp_path, [("abc", "xy"), ("ab", "xyz")], shared=False)
-    assert corpus.describe()[1].endswith("of a vocabulary of 5")
+    assert corpus.describe()[1].endswith("in vocabularies of 5 and 5")
     with pytest.raises(ValueError, match="line 1: character 'x'"):
         encode_sources(corpus.source_tokenizer, ["x"], max_length=9)
 
