@@ -76,21 +76,21 @@ class PairsConfig:
     examples: int = 20_000  # generated pairs, held-out ones among them (dates)
 
     def __post_init__(self):
-        require(self, "pairs", "bpe_vocab", low=258)  # 256 bytes, begin and end of a text
-        require(self, "pairs", "valid_pairs test_pairs", low=0)
-        require(self, "pairs", "examples", low=1)
+        require(self, "data", "bpe_vocab", low=258)  # 256 bytes, begin and end of a text
+        require(self, "data", "valid_pairs test_pairs", low=0)
+        require(self, "data", "examples", low=1)
         if self.source == self.target:
             raise ValueError(
-                f"pairs.source={self.source} and pairs.target={self.target} are the same; translate between two"
+                f"data.source={self.source} and data.target={self.target} are the same; translate between two"
             )
         if any(edge < 2 for edge in self.buckets) or list(self.buckets) != sorted(set(self.buckets)):
-            raise ValueError(f"pairs.buckets={self.buckets} must rise from 2 or more, as 16,24,32 does")
+            raise ValueError(f"data.buckets={self.buckets} must rise from 2 or more, as 16,24,32 does")
 
 
 def bucket_edges(buckets: tuple[int, ...], *, seq_len: int) -> tuple[int, ...]:
     """The buckets' row lengths, seq_len last; ValueError where a bucket is longer."""
     if buckets and buckets[-1] > seq_len:
         raise ValueError(
-            f"pairs.buckets has {buckets[-1]}, more than train.seq_len={seq_len}; leave it out, or raise train.seq_len"
+            f"data.buckets has {buckets[-1]}, more than train.seq_len={seq_len}; leave it out, or raise train.seq_len"
         )
     return tuple(dict.fromkeys([*buckets, seq_len]))
