@@ -33,7 +33,7 @@ def sections(maps: Sequence[AttentionMap], pair: Pair | None = None, *, top: int
     return [
         *([tied(maps, pair, found)] if pair else []),
         Section("One head at a time", ("Choose a map and a head; point at a row to read it in the text.",), live=live),
-        Section("All heads", (_how_drawn(maps),), pictures=(_overview(maps, marked),), folded=tuple(_labelled(maps))),
+        Section("All heads", (_how_drawn(maps),), pictures=(_overview(maps, marked),), beside=tuple(_labelled(maps))),
         *means(maps),
     ]
 
@@ -49,7 +49,8 @@ def tied(maps: Sequence[AttentionMap], pair: Pair, found: Sequence[Tie]) -> Sect
             "Heads with nothing to look for rest on the first token; “without it” is the share of what is left."
         )
         words.append(
-            "A decoder reads from left to right: what stands after a word cannot change what that word looks at."
+            "A decoder reads from left to right: what stands after a word cannot change what that word looks at. And "
+            "where a head looks is not yet what the model makes of it (arXiv:1902.10186)."
         )
     pictures_ = tuple(_one(maps, pair, tie, place) for place, tie in enumerate(found[:DRAWN], 1))
     heading = f"Which heads tie “{pair.query}” to “{pair.key}”"
@@ -73,15 +74,19 @@ def ranking(maps: Sequence[AttentionMap], found: Sequence[Tie]) -> list[str]:
 
 
 def means(maps: Sequence[AttentionMap]) -> Iterator[Section]:
-    """The mean over all heads, with the first token and without it; nothing where maps are of several texts."""
+    """The mean over all heads, with the first token and without it; nothing where maps are of several texts.
+
+    Where queries are other words than keys, it is drawn as an alignment.
+    """
     first, *others = maps
     if any((other.queries, other.keys) != (first.queries, first.keys) for other in others):
         return
     heads = sum(len(map.weights) for map in maps)
-    if heads == 1:
-        return
-    mean = mean_of_heads(maps, f"mean of {heads} heads")
-    drawn = [Picture("mean", pictures.png(pictures.heat_map(mean, 0)), f"The mean of all {heads} heads.")]
+    mean = mean_of_heads(maps, f"mean of {heads} heads" if heads > 1 else first.title)
+    draw = pictures.heat_map if first.is_of_itself else pictures.alignment
+    drawn = [
+        Picture("mean", pictures.png(draw(mean, 0)), f"The mean of all {heads} heads." if heads > 1 else mean.title)
+    ]
     words: tuple[str, ...] = ()
     if first.is_of_itself and len(first.keys) > 2:
         shares = np.concatenate([first_share(map) for map in maps])
@@ -94,7 +99,7 @@ def means(maps: Sequence[AttentionMap]) -> Iterator[Section]:
         drawn.append(
             Picture("mean_without_first", pictures.png(pictures.heat_map(rest, 0)), "The same without the first token.")
         )
-    yield Section("The mean over heads", words, pictures=tuple(drawn))
+    yield Section("The mean over heads" if heads > 1 else "The only head", words, pictures=tuple(drawn))
 
 
 def _one(maps: Sequence[AttentionMap], pair: Pair, tie: Tie, place: int) -> Picture:
@@ -107,7 +112,8 @@ def _how_drawn(maps: Sequence[AttentionMap]) -> str:
     seen = "what stands before it and itself" if maps[0].is_of_itself else "the tokens across"
     return (
         f"A small map for each head: queries down, keys across, so each row says how one token shares its look over "
-        f"{seen}. Shades go by the square root of the weight, so that 5 % can be seen. Layers and heads count from 0."
+        f"{seen}. Shades go by the square root of the weight, so that 5 % can be seen. Layers and heads count from 0. "
+        "The folder of pictures has a file for each row, with its words."
     )
 
 

@@ -15,9 +15,9 @@ p { max-width: 52rem; margin: .4rem 0 } p.lead, figcaption { color: var(--soft) 
 figure { margin: 1.2rem 0 } figcaption { font-size: .9rem; max-width: 52rem } img { max-width: 100%; height: auto }
 .scroll { overflow-x: auto } table.rows { border-collapse: collapse; font-variant-numeric: tabular-nums;
   font-size: .9rem; margin: .8rem 0 }
-.rows th, .rows td { padding: .26rem .8rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
+.rows th, .rows td { padding: .26rem .8rem; border-bottom: 1px solid var(--line); text-align: right;
+  white-space: nowrap }
 .rows th { font-weight: 600; color: var(--soft) } .rows tr:nth-child(2) td { background: var(--best) }
-details { margin: .5rem 0 } summary { cursor: pointer; color: #0b5cad }
 """
 
 
@@ -43,7 +43,7 @@ class Section(NamedTuple):
     words: tuple[str, ...] = ()  # a paragraph each
     table: Table | None = None
     pictures: tuple[Picture, ...] = ()
-    folded: tuple[Picture, ...] = ()  # shown when they are asked for
+    beside: tuple[Picture, ...] = ()  # files only, too many for the page
     live: str = ""  # HTML of its own, put in as it is
 
 
@@ -61,7 +61,7 @@ def save(path: pathlib.Path, folder: pathlib.Path, title: str, lead: str, sectio
     """Write the page, and every picture in a folder of its own, which is made where it is missing."""
     folder.mkdir(exist_ok=True)
     for section in sections:
-        for picture in (*section.pictures, *section.folded):
+        for picture in (*section.pictures, *section.beside):
             (folder / f"{picture.name}.png").write_bytes(picture.png)
     path.write_text(page(title, lead, sections), encoding="utf-8")
 
@@ -73,8 +73,6 @@ def _section(section: Section) -> Iterator[str]:
         yield _table(section.table)
     yield from (_figure(picture) for picture in section.pictures)
     yield section.live
-    for picture in section.folded:
-        yield f"<details><summary>{html.escape(picture.words)}</summary>{_figure(picture)}</details>"
 
 
 def _table(table: Table) -> str:

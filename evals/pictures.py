@@ -5,6 +5,7 @@ Every function returns a figure, and `png` makes bytes of one; `bleu_by_length` 
 
 import functools
 import io
+import itertools
 import math
 import pathlib
 import warnings
@@ -21,10 +22,10 @@ from matplotlib.patches import Rectangle
 
 from evals.attention_maps import AttentionMap
 
-INK, SOFT, GAP, MARK = "#222222", "#777777", "#dcdcdc", "#D55E00"
+INK, SOFT, GAP, MARK = "#222222", "#777777", "#e4e4e4", "#D55E00"
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")  # Okabe and Ito's
-SHADES = LinearSegmentedColormap.from_list("meshlight", ["#ffffff", "#cfe1f2", "#6aaed6", "#1f6fb2", "#0b2f66"])
-SHADES.set_bad(GAP)
+BLUES = ["#ffffff", "#cfe1f2", "#6aaed6", "#1f6fb2", "#0b2f66"]
+SHADES = LinearSegmentedColormap.from_list("meshlight", BLUES).with_extremes(bad=GAP)
 SMALL_POWER = 0.5  # of weights in small maps, so that 5 % can be seen beside 100 %
 CELL = 0.3  # inches of a token in a large map
 WIDEST = 14.0  # inches of an overview
@@ -55,7 +56,7 @@ def png(figure: Figure) -> bytes:
 
 def heat_map(map: AttentionMap, head: int, *, queries: Collection[int] = (), keys: Collection[int] = ()) -> Figure:
     """One head, large: queries down, keys across. Some queries and keys may be marked."""
-    figure, axes = _large(map, f"{map.title}, head {head}")
+    figure, axes = _large(map, head)
     image = axes.imshow(map.weights[head], cmap=SHADES, norm=PowerNorm(SMALL_POWER, 0, 1), aspect="equal")
     axes.set(xlabel="keys: what is looked at", ylabel="queries: who looks")
     bar = figure.colorbar(image, ax=axes, shrink=0.6, aspect=24, ticks=[0, 0.05, 0.2, 0.5, 1])
@@ -64,25 +65,26 @@ def heat_map(map: AttentionMap, head: int, *, queries: Collection[int] = (), key
     for labels, marked in ((axes.get_yticklabels(), queries), (axes.get_xticklabels(), keys)):
         for at in marked:
             labels[at].set(color=MARK, fontweight="bold")
-    for query in queries:
-        for key in keys:
-            axes.add_patch(Rectangle((key - 0.5, query - 0.5), 1, 1, fill=False, edgecolor=MARK, linewidth=1.8))
+    for query, key in itertools.product(queries, keys):
+        weight = map.weights[head, query, key]
+        axes.add_patch(Rectangle((key - 0.5, query - 0.5), 1, 1, fill=False, edgecolor=MARK, linewidth=1.8))
+        ink = "white" if weight > 0.2 else INK
+        axes.text(key, query, f"{100 * weight:.0f}", ha="center", va="center", fontsize=8.5, color=ink)
     return figure
 
 
 def alignment(map: AttentionMap, head: int = 0) -> Figure:
     """Source words across, target words down, weights from black to white: figure 3 of arXiv:1409.0473."""
-    several = len(map.weights) > 1
-    figure, axes = _large(map, f"{map.title}, head {head}" if several else map.title)
+    figure, axes = _large(map, head)
     axes.imshow(map.weights[head], cmap="gray", vmin=0, vmax=1, aspect="equal")
     axes.grid(False, which="minor")
     return figure
 
 
-def _large(map: AttentionMap, title: str) -> tuple[Figure, Axes]:
+def _large(map: AttentionMap, head: int) -> tuple[Figure, Axes]:
     """Axes with a label for every query at the left and for every key, turned, on top."""
-    _, T, S = map.weights.shape
-    longest = [0.09 * max(map_len(labels), 4) for labels in (map.queries, map.keys)]
+    N, T, S = map.weights.shape
+    longest = [0.09 * max(_longest(labels), 4) for labels in (map.queries, map.keys)]
     size = (max(S * CELL + longest[0] + 1.6, 4.4), max(T * CELL + longest[1] + 1.2, 3.0))
     figure = Figure(figsize=size, dpi=120, layout="constrained")
     axes = figure.subplots()
@@ -99,11 +101,12 @@ def _large(map: AttentionMap, title: str) -> tuple[Figure, Axes]:
     axes.grid(which="minor", color="#eeeeee", linewidth=0.6)
     axes.tick_params(which="minor", length=0, top=False, bottom=False)
     axes.spines[:].set(color=GAP)
+    title = f"{map.title}, head {head}" if N > 1 else map.title
     figure.suptitle(title, fontsize=12, fontweight="bold", color=INK, parse_math=False)
     return figure, axes
 
 
-def map_len(labels: Sequence[str]) -> int:
+def _longest(labels: Sequence[str]) -> int:
     """Characters of the longest label."""
     return max(len(label) for label in labels)
 
@@ -111,16 +114,18 @@ def map_len(labels: Sequence[str]) -> int:
 # Many heads -----------------------------------------------------------------------------------------------------------
 
 
-def layer(map: AttentionMap, *, columns: int = 4) -> Figure:
+def layer(map: AttentionMap) -> Figure:
     """All heads of one map side by side, labelled at the edges: a row shares its queries, a column its keys."""
     N, T, S = map.weights.shape
-    columns = min(columns, N)
+    columns = next((number for number in (4, 3) if N % number == 0), min(4, N))
     rows = -(-N // columns)
     image = tiled([[*map.weights[at : at + columns]] for at in range(0, N, columns)])
-    cell = min(0.17, 24 / image.shape[1])
-    margins = [0.07 * map_len(labels) for labels in (map.queries, map.keys)]
-    size = (image.shape[1] * cell + margins[0] + 0.4, image.shape[0] * cell + margins[1] + 0.9)
-    figure = Figure(figsize=size, dpi=100, layout="constrained")
+    high, wide = image.shape
+    cell = min(0.17, 24 / wide)
+    left, below, above = cell * 0.55 * _longest(map.queries) + 0.15, cell * 0.55 * _longest(map.keys) + 0.15, 0.4
+    width, height = wide * cell + left + 0.1, high * cell + below + above
+    figure = Figure(figsize=(width, height), dpi=100)  # no layout engine: it would measure thousands of labels
+    figure.subplots_adjust(left / width, below / height, 1 - 0.1 / width, 1 - above / height)
     axes = _small(figure, image)
     words = {"parse_math": False, "fontfamily": fonts(), "color": INK, "fontsize": 72 * cell * 0.62}
     across = [column * (S + 1) + at for column in range(columns) for at in range(S)]
@@ -128,9 +133,9 @@ def layer(map: AttentionMap, *, columns: int = 4) -> Figure:
     axes.set_xticks(across, list(map.keys) * columns, rotation=90, **words)
     axes.set_yticks(down, list(map.queries) * rows, **words)
     for head in range(N):
-        place = (head % columns * (S + 1) + S - 0.8, head // columns * (T + 1) + 0.2)
-        axes.text(*place, f"head {head}", ha="right", va="top", fontsize=9, color=SOFT)
-    figure.suptitle(map.title, fontsize=12, fontweight="bold", color=INK, parse_math=False)
+        place = (head % columns * (S + 1) + S - 0.8, head // columns * (T + 1) - 0.2)
+        axes.text(*place, f"head {head}", ha="right", va="top", fontsize=8.5, color=SOFT)
+    axes.set_title(map.title, loc="left", fontsize=12, fontweight="bold", color=INK, parse_math=False)
     return figure
 
 
@@ -147,7 +152,8 @@ def overview(maps: Sequence[AttentionMap], marked: Sequence[tuple[int, int]] = (
     image, columns = tiled(rows), most + has_mean
     T, S = (max(sizes) for sizes in zip(*(map.weights.shape[1:] for map in maps), strict=True))
     width = min(WIDEST, max(1.1 * columns, 4.0))
-    size = (width + 1.0, width * image.shape[0] / image.shape[1] + 0.9)
+    high, wide = image.shape
+    size = (width + 1.0, width * high / wide + 0.9)
     figure = Figure(figsize=size, dpi=100, layout="constrained")
     axes = _small(figure, image)
     heads = [*(f"head {at}" for at in range(most)), *(["mean"] if has_mean else [])]
@@ -164,19 +170,17 @@ def overview(maps: Sequence[AttentionMap], marked: Sequence[tuple[int, int]] = (
     return figure
 
 
-def tiled(
-    rows: Sequence[Sequence[Float[np.ndarray, "_ _"] | None]],
-) -> Float[np.ndarray, "_ _"]:
-    """Small maps as one image: as large as the largest each, not a number between them and where there is none."""
+def tiled(rows: Sequence[Sequence[Float[np.ndarray, "_ _"] | None]]) -> Float[np.ndarray, "_ _"]:
+    """Small maps as one image, each with the room of the largest; around each is a line of what is no number."""
     shapes = [part.shape for row in rows for part in row if part is not None]
     T, S = (max(sizes) for sizes in zip(*shapes, strict=True))
     columns = max(map(len, rows))
-    image = np.full((len(rows) * (T + 1) - 1, columns * (S + 1) - 1), np.nan, np.float32)
+    image = np.zeros((len(rows) * (T + 1) - 1, columns * (S + 1) - 1), np.float32)
     for down, row in enumerate(rows):
         for across, part in enumerate(row):
             if part is not None:
-                t, s = part.shape
-                top, left = down * (T + 1), across * (S + 1)
+                (t, s), top, left = part.shape, down * (T + 1), across * (S + 1)
+                image[max(top - 1, 0) : top + t + 1, max(left - 1, 0) : left + s + 1] = np.nan
                 image[top : top + t, left : left + s] = part
     return image
 
@@ -197,15 +201,14 @@ def bleu_by_length(path: pathlib.Path, models: Mapping[str, Sequence[tuple[int, 
     """Draw BLEU against the length of the source: a line for each model, a point for each (low, high, count, BLEU)."""
     figure = Figure(figsize=(7.6, 4.4), dpi=120, layout="constrained")
     axes = figure.subplots()
-    bins = sorted({(low, high, count) for rows in models.values() for low, high, count, _ in rows})
+    counts = {(low, high): count for rows in models.values() for low, high, count, _ in rows}
+    places = {lengths: place for place, lengths in enumerate(sorted(counts))}
     for at, (name, rows) in enumerate(models.items()):
-        lengths, scores = [(low + high) / 2 for low, high, _, _ in rows], [bleu for *_, bleu in rows]
+        line = sorted((places[low, high], bleu) for low, high, _, bleu in rows)
         colour = COLOURS[at % len(COLOURS)]
-        axes.plot(lengths, scores, color=colour, marker="o", markersize=4.5, linewidth=1.8, label=name)
-    ranges = sorted({(low, high) for low, high, _ in bins})
-    counts = {(low, high): count for low, high, count in bins}
-    ticks = [f"{low}–{high}\n{counts[low, high]:,}" for low, high in ranges]
-    axes.set_xticks([(low + high) / 2 for low, high in ranges], ticks, fontsize=8.5)
+        axes.plot(*zip(*line, strict=True), color=colour, marker="o", markersize=4.5, linewidth=1.8, label=name)
+    ticks = [f"{low}–{high}\n{counts[low, high]:,}" for low, high in places]
+    axes.set_xticks(list(places.values()), ticks, fontsize=8.5)
     highest = max((bleu for rows in models.values() for *_, bleu in rows if math.isfinite(bleu)), default=1.0)
     axes.set(xlabel="words of the source, and how many sentences", ylabel="BLEU", ylim=(0, max(highest * 1.12, 1.0)))
     axes.set_title("BLEU by length of the source", loc="left", fontsize=12, fontweight="bold", color=INK)
