@@ -79,5 +79,5 @@ def _local(search, e, queries, mask, window: int) -> Float[Array, "B T S"]:
     center = jnp.sum(mask, axis=-1) * jax.nn.sigmoid(energy)
     distance = jnp.arange(e.shape[-1], dtype=jnp.float32)[None, None] - center[..., None]
     near = (mask > 0) & (jnp.abs(distance) <= window)
-    weights = jax.nn.softmax(jnp.where(near, e, HIDDEN), axis=-1) * near
+    weights = jnp.where(near, jax.nn.softmax(jnp.where(near, e, HIDDEN), axis=-1), 0.0)
     return weights * jnp.exp(-jnp.square(distance) / (2 * (window / 2) ** 2))

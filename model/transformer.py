@@ -172,7 +172,7 @@ class Encoder(nnx.Module):
             state, layer = turn
             return gathered(nnx.merge(graphdef, state))(x, bias, seeds, 10 + 8 * layer), None
 
-        x, _ = jax.lax.scan(body, positioned(x, config), (state, jnp.arange(config.num_layers)))
+        x, _ = jax.lax.scan(body, positioned(x, config), (state, jnp.arange(config.num_layers)), unroll=True)
         return Read(self.norm(x), mask)
 
 
@@ -226,7 +226,7 @@ class Decoder(nnx.Module):
             x, _ = layer(x, layer.own(x), layer.cross.keys_values(read.states), biases, seeds, 1010 + 8 * number)
             return x, None
 
-        x, _ = jax.lax.scan(body, x, (state, jnp.arange(config.num_layers)))
+        x, _ = jax.lax.scan(body, x, (state, jnp.arange(config.num_layers)), unroll=True)
         return self.norm(x)
 
     def encoded(self, read: Read) -> Encoded:
