@@ -256,15 +256,16 @@ def main():
     form = {"fused": {"fused": True}, "foreach": {"foreach": True}, "plain": {"foreach": False}}[asked.optimizer]
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01, **form)
     batches = [draw(asked) for _ in range(BATCHES)]
-    seconds, start, first = [], time.perf_counter(), None
+    seconds, busy, start, first = [], [], time.perf_counter(), None
     for step in range(asked.warmup + asked.steps):
-        began = time.perf_counter()
+        began, used = time.perf_counter(), time.process_time()
         optimizer.zero_grad(set_to_none=True)
         loss = forward(batches[step % BATCHES])
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         seconds.append(time.perf_counter() - began)
+        busy.append(time.process_time() - used)
         first = loss.item() if first is None else first
         if step + 1 == asked.warmup:
             warm = time.perf_counter() - start
@@ -284,6 +285,7 @@ def main():
         "tokens_per_second": round(tokens / median, 1),
         "seconds_per_step": round(median, 5),
         "best_seconds_per_step": round(best, 5),
+        "cpu_seconds_per_step": round(statistics.median(busy[asked.warmup :]), 5),
         "warmup_seconds": round(warm, 2) if asked.warmup else 0.0,
         "target_tokens": targets,
         "tokens": tokens,
