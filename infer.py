@@ -1,4 +1,5 @@
-"""Use a model: `infer.py generate|chat|score|serve MODEL …`, or stand before servers: `infer.py route URL …`. The door.
+"""Use a model: `infer.py generate|chat|translate|score|serve MODEL …`; stand before servers: `infer.py route URL …`. The
+door.
 
 Nothing heavy is imported before the command line is understood, so `--help` and most errors answer at once.
 """
@@ -19,7 +20,7 @@ from configs.overrides import override
 from inference.balancing import BalancingConfig
 from inference.config import BeamConfig, EngineConfig, GenerationConfig, SamplingConfig, ServerConfig
 from inference.disaggregation import DisaggregationConfig
-from inference.location import KINDS, Location, locate
+from inference.location import KINDS, Location, check_decoder, check_translation, locate
 from inference.routing import RouterConfig, addresses
 from parallel.config import AxisRules, MeshConfig
 from parallel.records import to_dict
@@ -29,9 +30,11 @@ if typing.TYPE_CHECKING:
 
     from inference.engine import Engine
     from inference.generate import Answer
+    from inference.translator import Translation
     from inference.weights import Model
 
 STARTED = time.perf_counter()
+BEAMS = 5  # of a translation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,19 +60,21 @@ class Parser(argparse.ArgumentParser):
 def parser() -> Parser:
     """The command line's grammar. Options of answers are the fields of their records."""
     top = Parser(
-        prog="infer.py", description="Use a language model: continue a text, converse, measure it, or serve it."
+        prog="infer.py",
+        description="Use a language model: continue a text, converse, translate, measure it, or serve it.",
     )
-    verbs = top.add_subparsers(dest="verb", required=True, metavar="generate|chat|score|serve|quantize|route")
-    common = Parser(add_help=False)
-    common.add_argument("model", metavar="MODEL", help=KINDS)
-    common.add_argument(
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="generate|chat|translate|score|serve|quantize|route")
+    placed = Parser(add_help=False)
+    placed.add_argument(
         "--dtype", choices=["float32", "bfloat16"], default="float32", help="of matmuls and the cache; default float32"
     )
+    placed.add_argument(
+        "--mesh", action="append", default=[], metavar="AXIS=N", help="devices along an axis, as tensor=4; default 1"
+    )
+    common = Parser(add_help=False, parents=[placed])
+    common.add_argument("model", metavar="MODEL", help=KINDS)
     common.add_argument(
         "--weights", choices=["int8", "int4", "fp8"], help="quantize the matrices when they are loaded; default not"
-    )
-    common.add_argument(
-        "--mesh", action="append", default=[], metavar="AXIS=N", help="devices along an axis, as tensor=4; default 1"
     )
     common.add_argument("--draft", metavar="MODEL", help="a smaller model of the same tokenizer, which guesses ahead")
     answers = Parser(add_help=False, parents=[common])
@@ -90,6 +95,7 @@ def parser() -> Parser:
         "--context", type=int, default=8192, metavar="N", help="tokens of a conversation, at most; default 8192"
     )
     chat.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
+    add_translate(verbs.add_parser("translate", parents=[placed], help="lines of one language into another"))
     serve = verbs.add_parser("serve", parents=[common], help="answer many users at once, as OpenAI's API does")
     for record in (EngineConfig, ServerConfig, DisaggregationConfig):
         add_fields(serve, record)
@@ -109,10 +115,25 @@ def parser() -> Parser:
     return top
 
 
-def add_fields(to: argparse.ArgumentParser, record: type) -> None:
+def add_translate(to: argparse.ArgumentParser) -> None:
+    """What `translate` takes."""
+    to.add_argument("model", metavar="RUN", help="the run folder of an encoder–decoder")
+    to.add_argument("text", nargs="?", metavar="TEXT", help="lines to translate; - reads them from standard input")
+    to.add_argument("--file", type=pathlib.Path, metavar="FILE", help="lines to translate, UTF-8, may be .gz")
+    to.add_argument(
+        "--beam", "--beams", dest="beams", type=int, default=BEAMS, metavar="N",
+        help=f"beginnings that are kept at each step; 1 takes the likeliest token after each; default {BEAMS}",
+    )  # fmt: skip
+    to.add_argument("--json", action="store_true", help="print a JSON object for each line instead of its translation")
+    add_fields(to, BeamConfig, without=("beams",))
+
+
+def add_fields(to: argparse.ArgumentParser, record: type, *, without: Sequence[str] = ()) -> None:
     """An option for each plain field of a record, with its comment; where it takes several values, it is repeated."""
     notes, hints = comments(record), typing.get_type_hints(record)
     for field in dataclasses.fields(record):
+        if field.name in without:
+            continue
         flag, kind = f"--{field.name.replace('_', '-')}", hints[field.name]
         if dataclasses.is_dataclass(kind):
             continue
@@ -154,21 +175,25 @@ def understand(arguments: Sequence[str]) -> Request:
     beam = BeamConfig(**{name: given[name] for name in to_dict(BeamConfig()) if name in given})
     if beam.beams == 1 and beam != BeamConfig():
         raise ValueError("--length-penalty and --early-stopping are for a search; give --beams 2 or more")
-    if beam.beams > 1 and (SamplingConfig(**sampling) != SamplingConfig() or given["stop"]):
+    if beam.beams > 1 and (SamplingConfig(**sampling) != SamplingConfig() or given.get("stop")):
         raise ValueError(
             f"--beams {beam.beams} searches and draws nothing; leave --stop and the options of sampling out"
         )
-    if beam.beams > 1 and options.n > beam.beams:
+    if beam.beams > 1 and given.get("n", 1) > beam.beams:
         raise ValueError(
             f"-n {options.n} answers need as many beams and there are {beam.beams}; give --beams {options.n}"
         )
     if given.get("context", 2) < 2:
         raise ValueError(f"--context {options.context} must be at least 2: a prompt and an answer of one token")
-    if options.verb == "score" and not options.file.is_file():
-        raise ValueError(f"--file {options.file} is no file; give the text to measure")
+    if options.verb == "translate" and (options.text is None) == (options.file is None):
+        raise ValueError("translate takes either TEXT or --file FILE; give one of the two")
+    if given.get("file") is not None and not options.file.is_file():
+        raise ValueError(f"--file {options.file} is no file; give the text to {options.verb}")
+    location = locate(options.model)
+    (check_translation if options.verb == "translate" else check_decoder)(location)
     return Request(
         verb=options.verb,
-        location=locate(options.model),
+        location=location,
         options=options,
         generation=GenerationConfig(
             sampling=SamplingConfig(**sampling), stop=tuple(given.get("stop", ())), **generation
@@ -184,8 +209,8 @@ def main(arguments: Sequence[str]) -> int:
         if arguments and arguments[0] == "route":
             return route(parser().parse_args(arguments))
         request = understand(arguments)
-        run = {"generate": generate, "chat": chat, "score": score, "serve": serve, "quantize": quantize}
-        return run[request.verb](request)
+        verbs = (generate, chat, translate, score, serve, quantize)
+        return {verb.__name__: verb for verb in verbs}[request.verb](request)
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -233,7 +258,7 @@ def generate(request: Request) -> int:
 def continued(engine: "Engine", model: "Model", answers: "Sequence[Answer]", request: Request) -> Iterator[list[str]]:
     """Fill the answers; -> their new text, step by step when they are drawn, at once after a search."""
     from inference import generate
-    from inference.beam import search
+    from inference.engine_search import search
 
     if request.beam.beams == 1:
         yield from generate.generate(engine, model.tokenizer, answers, request.generation)
@@ -286,6 +311,35 @@ def chat(request: Request) -> int:
 
         print(COMMANDS, file=sys.stderr)
     return converse(conversation, ask=lambda: input("> " if at_terminal else ""))
+
+
+def translate(request: Request) -> int:
+    """Lines of one language into lines of the other, in their order."""
+    from data.pairs import read_lines
+
+    options = request.options
+    if options.file is not None:
+        texts = read_lines(options.file)
+    else:
+        text = sys.stdin.read() if options.text == "-" else options.text
+        texts = text.removesuffix("\n").split("\n")
+    get_ready()
+    from inference.translator import open_translator, translated
+
+    translator = open_translator(request.location.path, dtype=options.dtype)
+    mesh, rules = mesh_of(request), AxisRules()
+    parameters = translator.load(mesh, rules)
+    for found in translated(translator, parameters, mesh, rules, texts, beam=request.beam):
+        print(translation_json(found) if options.json else found.text)
+    return 0
+
+
+def translation_json(found: "Translation") -> str:
+    """A line's translation for programs; an empty line has no tokens."""
+    beam = found.beam
+    tokens, logprobs, finish = (beam.tokens, beam.logprobs, beam.finish) if beam else ((), (), "stop")
+    record = {"text": found.text, "tokens": tokens, "logprobs": logprobs, "finish_reason": finish}
+    return json.dumps(record, ensure_ascii=False, allow_nan=False)
 
 
 def score(request: Request) -> int:
@@ -369,14 +423,21 @@ def utf8(content: bytes, path: pathlib.Path) -> str:
         raise ValueError(f"{path} is not UTF-8 text: byte {error.start} is {byte:#04x}; convert it first") from error
 
 
-def opened(request: Request) -> "Model":
-    """The model's shape and tokenizer, jax ready to compile for it."""
-    from inference.weights import open_model
-    from parallel.compilation import cache_compilations
+def get_ready() -> None:
+    """Before anything is computed: jax looks where chips are, and keeps what it compiles."""
     from parallel.platforms import look_only_where_chips_are
 
     look_only_where_chips_are()
+    from parallel.compilation import cache_compilations
+
     cache_compilations()
+
+
+def opened(request: Request) -> "Model":
+    """The model's shape and tokenizer, jax ready to compile for it."""
+    get_ready()
+    from inference.weights import open_model
+
     return open_model(request.location, dtype=request.options.dtype, scheme=request.options.weights)
 
 

@@ -140,7 +140,7 @@ def _read_two(source: pathlib.Path, target: pathlib.Path) -> list[Pair]:
     """Line n of one file translates line n of the other."""
     if source.samefile(target):
         raise ValueError(f"{source} is both source and target; give the file of each language")
-    sources, targets = _read_lines(source), _read_lines(target)
+    sources, targets = read_lines(source), read_lines(target)
     if len(sources) != len(targets):
         first = " | ".join(repr(lines[0][:SHOWN]) if lines else "nothing" for lines in (sources, targets))
         raise ValueError(
@@ -153,9 +153,9 @@ def _read_two(source: pathlib.Path, target: pathlib.Path) -> list[Pair]:
 def _read_one(path: pathlib.Path, config: PairsConfig) -> list[Pair]:
     match path.name.removesuffix(".gz").rpartition(".")[2]:
         case "tsv":
-            return [_columns(line, path, number) for number, line in enumerate(_read_lines(path), start=1)]
+            return [_columns(line, path, number) for number, line in enumerate(read_lines(path), start=1)]
         case "jsonl":
-            lines = ((number, line) for number, line in enumerate(_read_lines(path), start=1) if line.strip())
+            lines = ((number, line) for number, line in enumerate(read_lines(path), start=1) if line.strip())
             return [_values(line, (config.source, config.target), path, number) for number, line in lines]
     raise ValueError(f"pairs.path={config.path} is one file and neither .tsv nor .jsonl; give {FORMS}")
 
@@ -191,7 +191,7 @@ def _values(line: str, languages: Pair, path: pathlib.Path, number: int) -> Pair
     return entries[languages[0]], entries[languages[1]]
 
 
-def _read_lines(path: pathlib.Path) -> list[str]:
+def read_lines(path: pathlib.Path) -> list[str]:
     """Lines of a plain or .gz file without their ends; a line ends at a line feed alone."""
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()

@@ -1,16 +1,15 @@
-"""Beam search: the likeliest answers, found by keeping the likeliest beginnings. Knows no text, no cache and no device.
+"""Beam search: the likeliest answers, found by keeping the likeliest beginnings. Knows no text, no model and no device.
 
-Each beam is a request of the engine that is held after every token; the beams that go on are forks of those before them
-and share their blocks. The rules are those of `transformers`: 2K candidates of which those that end go among the
-answers if they are of the best K, and K others go on.
+Who computes what comes after a beam is a `Stepper`: the engine for a prompt (inference/engine_search.py), an
+encoder–decoder for many sources at once (inference/translation.py). The rules are those of `transformers`: 2K
+candidates of which those that end go among the answers if they are of the best K, and K others go on.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
-from inference.config import BeamConfig, SamplingConfig
-from inference.engine import Engine
-from inference.request import Prompt, Request, TopToken
+from inference.config import BeamConfig
+from inference.request import TopToken
 
 
 class Beam(NamedTuple):
@@ -23,7 +22,7 @@ class Beam(NamedTuple):
     @property
     def total(self) -> float:
         """Its log-probability."""
-        return sum(self.logprobs)
+        return sum(self.logprobs, 0.0)
 
     def with_token(self, new: TopToken) -> "Beam":
         """One token longer."""
@@ -37,66 +36,82 @@ class Candidate(NamedTuple):
     beam: Beam
 
 
-def search(
-    engine: Engine, prompt: Prompt, config: BeamConfig, *, max_tokens: int, end_ids: Sequence[int]
-) -> list[Beam]:
-    """As many answers as beams at most, the best first. One search at a time on an engine, beside other requests."""
-    max_tokens = min(max_tokens, engine.max_length - len(prompt))
-    check_room(engine, prompt, config, max_tokens=max_tokens)
-    request = Request(
-        prompt=prompt,
-        sampling=SamplingConfig(temperature=0.0, top_p=1.0),
-        max_tokens=max_tokens,
-        num_top=2 * config.beams,
-        is_beam=True,
-    )
-    beams, answers = {engine.add(request): Beam()}, []
-    try:
-        for length in range(1, max_tokens + 1):
-            candidates = best_candidates(beams, likely_tokens(engine, beams), 2 * config.beams)
-            ended, going = parted(candidates, end_ids, config.beams)
-            answers = best_answers([*answers, *ended], config)
-            if length == max_tokens:
-                return best_answers([*answers, *(candidate.beam for candidate in going)], config)
-            if not going or is_settled(answers, going[0].beam, config, max_tokens=max_tokens):
-                return answers
-            beams = forked(engine, beams, going)
-    finally:
-        for id in beams:
-            engine.cancel(id)
-    raise AssertionError("a search returns at its longest answers")
+@runtime_checkable  # tests check annotations when they run
+class Stepper(Protocol):
+    """Computes what may come after beams, which it knows by ids."""
+
+    def likely(self, ids: Sequence[int]) -> Mapping[int, Sequence[TopToken]]:
+        """The likeliest tokens after each of these beams, the likeliest first; at least 2K where there are as many."""
+        ...
+
+    def fork(self, children: Mapping[int, Sequence[int]]) -> Mapping[int, Sequence[int]]:
+        """Each beam goes on with these tokens, those without any end; -> the ids of what came of each that goes on."""
+        ...
 
 
-def check_room(engine: Engine, prompt: Prompt, config: BeamConfig, *, max_tokens: int) -> None:
-    """ValueError where the beams cannot all be computed at once."""
-    rows, size = engine.options.max_rows, engine.options.block_size
-    if config.beams > rows:
-        raise ValueError(f"{config.beams} beams need as many rows and the engine has {rows}; give it more max_rows")
-    length = len(prompt) + max_tokens
-    need, room = config.beams * (-(-length // size) + 1), engine.options.cache_tokens // size
-    if need > room:
-        raise ValueError(
-            f"{config.beams} beams of {length} tokens need up to {need} blocks, the cache has {room}; "
-            "search with fewer beams or tokens, or give the engine more cache_tokens"
+class Search:
+    """One search under way."""
+
+    def __init__(self, id: int, config: BeamConfig, *, max_tokens: int, end_ids: Sequence[int]):
+        self.config, self.max_tokens, self.end_ids = config, max_tokens, end_ids
+        self.beams = {id: Beam()}  # as they were last computed
+        self.going: list[Candidate] = []  # what goes on from them
+        self.answers: list[Beam] = []  # as many as beams at most, the best first
+        self.length, self.has_ended = 0, False
+
+    def choose(self, likely: Mapping[int, Sequence[TopToken]]) -> None:
+        """Let each beam grow by a token, and say which go on."""
+        self.length += 1
+        candidates = best_candidates(self.beams, likely, 2 * self.config.beams)
+        ended, self.going = parted(candidates, self.end_ids, self.config.beams)
+        if self.length == self.max_tokens:
+            ended += [candidate.beam for candidate in self.going]
+        self.answers = best_answers([*self.answers, *ended], self.config)
+        self.has_ended = (
+            self.length == self.max_tokens
+            or not self.going
+            or is_settled(self.answers, self.going[0].beam, self.config, max_tokens=self.max_tokens)
         )
 
+    def children(self) -> dict[int, list[int]]:
+        """With which tokens each beam goes on: none of a search that has ended."""
+        tokens: dict[int, list[int]] = {id: [] for id in self.beams}
+        for candidate in [] if self.has_ended else self.going:
+            tokens[candidate.parent].append(candidate.beam.tokens[-1])
+        return tokens
 
-def likely_tokens(engine: Engine, beams: Mapping[int, Beam]) -> dict[int, list[TopToken]]:
-    """Step till every beam has chosen; -> the likeliest tokens after each. Outputs of other requests are not kept."""
-    likely: dict[int, list[TopToken]] = {}
-    while len(likely) < len(beams):
-        for output in engine.step():
-            if output.id in beams and output.finish == "error":
-                raise ValueError(output.error)
-            if output.id in beams and output.tokens:
-                likely[output.id] = [top for top in output.top[0] if top.logprob > float("-inf")]
-    return likely
+    def rename(self, ids: Mapping[int, Sequence[int]]) -> None:
+        """What goes on has these ids, by its parents'."""
+        children: dict[int, list[Beam]] = {id: [] for id in self.beams}
+        for candidate in self.going:
+            children[candidate.parent].append(candidate.beam)
+        pairs = (zip(ids.get(parent, ()), beams, strict=True) for parent, beams in children.items())
+        self.beams = {id: beam for pair in pairs for id, beam in pair}
+
+
+def run(stepper: Stepper, searches: Sequence[Search]) -> None:
+    """All searches to their ends, every beam of them computed in the same steps."""
+    going = list(searches)
+    while True:
+        likely = stepper.likely([id for search in going for id in search.beams])
+        children: dict[int, list[int]] = {}
+        for search in going:
+            search.choose(likely)
+            children |= search.children()
+        going = [search for search in going if not search.has_ended]
+        if not going:
+            return
+        ids = stepper.fork(children)
+        for search in going:
+            search.rename(ids)
 
 
 def best_candidates(beams: Mapping[int, Beam], likely: Mapping[int, Sequence[TopToken]], count: int) -> list[Candidate]:
     """The likeliest of all beams that are one token longer, the likeliest first."""
-    longer = [Candidate(id, beam.with_token(top)) for id, beam in beams.items() for top in likely[id]]
-    return sorted(longer, key=lambda candidate: -candidate.beam.total)[:count]
+    totals = {id: beam.total for id, beam in beams.items()}
+    longer = [(total + top.logprob, id, top) for id, total in totals.items() for top in likely[id]]
+    best = sorted(longer, key=lambda one: -one[0])[:count]
+    return [Candidate(id, beams[id].with_token(top)) for _, id, top in best]
 
 
 def parted(candidates: Sequence[Candidate], end_ids: Sequence[int], count: int) -> tuple[list[Beam], list[Candidate]]:
@@ -123,12 +138,3 @@ def is_settled(answers: Sequence[Beam], likeliest: Beam, config: BeamConfig, *, 
         return False
     length = max_tokens if config.length_penalty > 0 else len(likeliest.tokens)
     return config.early_stopping or score(likeliest, config, length) <= score(answers[-1], config)
-
-
-def forked(engine: Engine, beams: Mapping[int, Beam], going: Sequence[Candidate]) -> dict[int, Beam]:
-    """Let the engine go on with these, and with no other beam."""
-    children: dict[int, list[Beam]] = {id: [] for id in beams}
-    for candidate in going:
-        children[candidate.parent].append(candidate.beam)
-    ids = engine.fork({id: [beam.tokens[-1] for beam in some] for id, some in children.items()})
-    return {new: beam for id, some in ids.items() for new, beam in zip(some, children[id], strict=True)}

@@ -16,7 +16,9 @@ KINDS = "a run folder, a Hugging Face folder or NAME/MODEL, a GGUF file, a folde
 class Location(NamedTuple):
     """Where a model is."""
 
-    kind: Literal["run", "huggingface", "hub", "gguf", "quantized"]
+    kind: Literal[
+        "run", "translation", "huggingface", "hub", "gguf", "quantized"
+    ]  # translation: an encoder–decoder's run
     path: pathlib.Path  # folder or file; the name on the hub
 
 
@@ -47,7 +49,22 @@ def smollm2() -> pathlib.Path:
     return files[0]
 
 
-def kind_of(folder: pathlib.Path) -> Literal["run", "huggingface", "quantized"]:
+def check_decoder(location: Location) -> None:
+    """ValueError for an encoder–decoder, which continues no text."""
+    if location.kind == "translation":
+        raise ValueError(f"MODEL {location.path} is an encoder–decoder, which translates; use infer.py translate")
+
+
+def check_translation(location: Location) -> None:
+    """ValueError for anything but a run of an encoder–decoder."""
+    if location.kind != "translation":
+        raise ValueError(
+            f"MODEL {location.path} is decoder-only, which continues a text: use infer.py generate; translate takes "
+            "the run folder of an encoder–decoder"
+        )
+
+
+def kind_of(folder: pathlib.Path) -> Literal["run", "translation", "huggingface", "quantized"]:
     """Whether a folder is one of ours, of train.py or quantized, or one of Hugging Face's: config.json says."""
     config = folder / "config.json"
     try:
@@ -59,7 +76,7 @@ def kind_of(folder: pathlib.Path) -> Literal["run", "huggingface", "quantized"]:
     except ValueError as error:
         raise ValueError(f"{config} is no JSON: {error}; the file is damaged") from None
     if isinstance(fields, dict) and isinstance(fields.get("model"), dict):
-        return "run"
+        return "translation" if "kind" in fields["model"] else "run"
     if isinstance(fields, dict) and QUANTIZED in fields:
         return "quantized"
     return "huggingface"

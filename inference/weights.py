@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from data import gguf_tokenizer
 from data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
-from inference.location import Location
+from inference.location import Location, check_decoder
 from model import gguf, gguf_file, huggingface, quantized
 from model.config import ModelConfig
 from model.parameters import Parameters, abstract, shardings, summed_dims, unrolled
@@ -45,6 +45,7 @@ def open_model(location: Location, *, dtype: Dtype = "float32", scheme: Scheme |
 
     With a `scheme` its matrices are quantized when they are loaded.
     """
+    check_decoder(location)
     openers = {
         "run": open_run,
         "huggingface": open_huggingface,

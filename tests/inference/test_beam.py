@@ -6,8 +6,9 @@ import itertools
 import numpy as np
 import pytest
 
-from inference.beam import Beam, Candidate, parted, search
+from inference.beam import Beam, Candidate, parted
 from inference.config import BeamConfig
+from inference.engine_search import search
 from tests.inference.small import GEMMA, LLAMA, V, engine, full_logprobs, row
 
 PROMPT = tuple(np.random.default_rng(3).integers(0, V, 13).tolist())
