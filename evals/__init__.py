@@ -1,0 +1,1 @@
+"""Judge a model: what it gets right of what it never saw."""
