@@ -1,5 +1,8 @@
 """Pictures as text: one decoder tells which handwritten digit a picture shows, and draws a digit that it is told.
 
+Measured, on two busy CPU cores: 164 s, then 96.3 % of the pictures kept apart are told apart; 82 of 100 drawings look
+like what was asked for (docs/modalities.md).
+
 uv run train.py configs/digits.py
 uv run python -m evals digits runs/digits --out digits.png
 """

@@ -41,8 +41,8 @@ def load() -> tuple[Digits, Digits]:
         raise ValueError(
             f"data.path={PATH} needs scikit-learn, which is not installed; it comes with `uv sync --group modalities`"
         ) from None
-    everything = load_digits()
-    pixels, labels = np.asarray(everything.images, np.float64), np.asarray(everything.target, np.int64)
+    rows, digits = load_digits(return_X_y=True)
+    pixels, labels = np.asarray(rows, np.float64).reshape(-1, 8, 8), np.asarray(digits, np.int64)
     order = np.random.default_rng(0).permutation(len(pixels))
     apart, rest = np.sort(order[:KEPT_APART]), np.sort(order[KEPT_APART:])
     return Digits(pixels[rest], labels[rest]), Digits(pixels[apart], labels[apart])

@@ -24,9 +24,10 @@ NUM_MELS = 40
 STACK = 2  # frames in one code
 NUM_CODES = 128
 KEPT_APART = 4  # one clip in so many
-RULES = (PREFIX, WINDOW, HOP, NUM_MELS, STACK, NUM_CODES, KEPT_APART)  # what decides the documents, beside the sound
 WORDS = Words("audio", "a")
-VOWEL_RATE, VOWELS_EACH = 8000, 100  # samples a second, clips of each vowel
+VOWEL_RATE, VOWELS_EACH = 8000, 200  # samples a second, clips of each vowel
+# What decides the documents, beside the sound.
+RULES = (PREFIX, WINDOW, HOP, NUM_MELS, STACK, NUM_CODES, KEPT_APART, VOWEL_RATE, VOWELS_EACH)
 # Hz of the first three formants of men: G. E. Peterson and H. L. Barney, J. Acoust. Soc. Am. 24(2), 1952, table II.
 FORMANTS = {
     "heed": (270, 2290, 3010), "hid": (390, 1990, 2550), "head": (530, 1840, 2480), "had": (660, 1720, 2410),

@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     digits = commands.add_parser("digits", help="pictures of digits: told apart and drawn")
     digits.add_argument("--out", type=pathlib.Path, metavar="FILE", help="a picture of real digits beside drawn ones")
     digits.add_argument("--each", type=int, default=10, metavar="N", help="drawings of each digit; default 10")
-    digits.add_argument("--temperature", type=float, default=1.0, metavar="X", help="of the drawings; default 1")
+    digits.add_argument("--temperature", type=float, default=0.7, metavar="X", help="of the drawings; default 0.7")
     digits.add_argument("--seed", type=int, default=0, metavar="N", help="of the drawings; default 0")
     speech = commands.add_parser("speech", help="spoken words: told apart")
     for command in (digits, speech):

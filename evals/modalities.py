@@ -84,7 +84,7 @@ def classify(subject: Subject, questions: Sequence[str], labels: Sequence[str]) 
     for at in range(0, len(texts), TEXTS_AT_ONCE):
         found += [math.fsum(row) for row in subject.engine.logprobs(texts[at : at + TEXTS_AT_ONCE])]
     best = np.array(found).reshape(len(questions), len(labels)).argmax(axis=1)
-    return [labels[place] for place in best]
+    return [labels[int(place)] for place in best]
 
 
 def tell(subject: Subject, words: Words, rows: Sequence[tuple[str, Sequence[int]]], labels: Sequence[str]) -> Tally:
@@ -157,18 +157,24 @@ def plot(drawings: Drawings, file: pathlib.Path, *, real: int = 3, drawn: int = 
 
     _, apart = images.load()
     page = Figure(figsize=(6, 0.6 * (real + drawn) + 0.9), layout="constrained")
-    upper, lower = page.subfigures(2, 1, height_ratios=[real, drawn])
-    for part, pixels, labels, rows, title in (
-        (upper, apart.pixels, apart.labels.tolist(), real, "real, kept apart from training"),
-        (lower, drawings.pixels, drawings.labels, drawn, "drawn by the decoder: “class N image”"),
-    ):
-        part.suptitle(title, fontsize=10)
-        cells = part.subplots(rows, 10, squeeze=False)
-        for digit in range(10):
-            chosen = [place for place, label in enumerate(labels) if label == digit][:rows]
-            for axes in cells[:, digit]:
-                axes.set_axis_off()
-            for axes, place in zip(cells[:, digit], chosen, strict=False):
-                axes.imshow(pixels[place], cmap="gray_r", vmin=0, vmax=16)
+    upper, lower = page.subplots(2, 1, height_ratios=[real, drawn])
+    upper.set_title("real, kept apart from training", fontsize=10)
+    upper.imshow(sheet(apart.pixels, apart.labels.tolist(), rows=real), cmap="gray_r")
+    lower.set_title("drawn by the decoder after “class N image”", fontsize=10)
+    lower.imshow(sheet(drawings.pixels, drawings.labels, rows=drawn), cmap="gray_r")
+    upper.set_axis_off()
+    lower.set_axis_off()
     file.parent.mkdir(parents=True, exist_ok=True)
     page.savefig(file, dpi=150)
+
+
+def sheet(
+    pixels: Float64[np.ndarray, "n rows columns"], labels: Sequence[int], *, rows: int
+) -> Float64[np.ndarray, "height width"]:
+    """The first pictures of each digit in a column of their own, with white around each."""
+    n, height, width = pixels.shape
+    page = np.zeros((rows, height + 2, 10, width + 2))
+    for digit in range(10):
+        chosen = [place for place, label in enumerate(labels) if label == digit][:rows]
+        page[: len(chosen), 1:-1, digit, 1:-1] = pixels[chosen]
+    return page.reshape(rows * (height + 2), 10 * (width + 2))
