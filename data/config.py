@@ -28,9 +28,7 @@ class DataConfig:
     path: str = "stdlib"  # stdlib (Python's), a text file or folder, .jsonl, .parquet, hf:NAME, digits, speech:FOLDER
     field: str = "text"  # which key or column holds the text (jsonl, parquet, hf)
     mixture: tuple[SourceConfig, ...] = ()  # several weighted sources instead of path
-    tokenizer: str = (
-        "bpe"  # bpe (trained on the text), byte, char, words, or a tokenizer.json / Hugging Face folder, name
-    )
+    tokenizer: str = "bpe"  # bpe (of the text), byte, char, words, a tokenizer.json, Hugging Face folder or name
     bpe_vocab: int = 4096  # tokens of a trained bpe
     valid_fraction: float = 0.05  # of documents (or of the text's end, see split) held out; 0 holds out none
     split: Literal["auto", "document", "tail"] = "auto"  # hold out documents or the text's end; auto: end if few
