@@ -10,7 +10,7 @@ from parallel.records import require
 class SourceConfig:
     """One text source of a mixture."""
 
-    path: str = "stdlib"  # stdlib (Python's own sources), a text file or folder, .jsonl, .parquet, or hf:NAME
+    path: str = "stdlib"  # stdlib, a text file or folder, .jsonl, .parquet, hf:NAME, digits or speech:FOLDER
     weight: float = 1.0  # share of training rows drawn from it, relative to the other sources
     field: str = "text"  # which key or column holds the text (jsonl, parquet, hf)
     split: str = "train"  # which split (hf)
@@ -25,10 +25,10 @@ class SourceConfig:
 class DataConfig:
     """Text, tokenizer, cleaning, packing and loading."""
 
-    path: str = "stdlib"  # the run's text: stdlib, a text file or folder, .jsonl, .parquet, or hf:NAME
+    path: str = "stdlib"  # stdlib (Python's), a text file or folder, .jsonl, .parquet, hf:NAME, digits, speech:FOLDER
     field: str = "text"  # which key or column holds the text (jsonl, parquet, hf)
     mixture: tuple[SourceConfig, ...] = ()  # several weighted sources instead of path
-    tokenizer: str = "bpe"  # bpe (trained on the text), byte, char, or a tokenizer.json / Hugging Face folder or name
+    tokenizer: str = "bpe"  # bpe (of the text), byte, char, words, a tokenizer.json, Hugging Face folder or name
     bpe_vocab: int = 4096  # tokens of a trained bpe
     valid_fraction: float = 0.05  # of documents (or of the text's end, see split) held out; 0 holds out none
     split: Literal["auto", "document", "tail"] = "auto"  # hold out documents or the text's end; auto: end if few

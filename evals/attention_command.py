@@ -1,4 +1,4 @@
-"""`python -m evals attention`: its options, and what it does with them. Nothing heavy is imported before it is understood."""
+"""`python -m evals attention`: its options, and what it does with them. Heavy imports come last."""
 
 import argparse
 import pathlib
