@@ -29,6 +29,8 @@ def _translation(asked: argparse.Namespace) -> int:
     if asked.beam == 1 and beam != BeamConfig():
         raise ValueError("--length-penalty is for a search; give --beam 2 or more")
     check_translation(location)
+    if asked.out and not asked.out.parent.is_dir():
+        raise ValueError(f"--out {asked.out} is in {asked.out.parent}, which is no folder; make it first")
     sources, references = _parallel(asked.source, asked.reference)
     from parallel.platforms import look_only_where_chips_are
 

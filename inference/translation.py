@@ -84,7 +84,7 @@ def translate(
     for batch in batches(sources, rows=max(1, MOST_ROWS // beam.beams), longest=config.max_length, most=most):
         B, S = batch.source.shape
         program = Program(config, mesh, rules, min(most, most_tokens(S)), beam.beams, bos_id, eos_id)
-        answer = greedy_answers if beam.beams == 1 else functools.partial(best_answers, beam=beam)
+        answer = greedy_answers if beam.beams == 1 else functools.partial(searched_answers, beam=beam)
         found |= dict(zip(batch.places, answer(program, parameters, batch), strict=True))
     return [found[place] for place in range(len(sources))]
 
@@ -205,7 +205,7 @@ def first_turn(state: Any, limits: Int[Array, "B"], program: Program) -> Turn:
 # Search
 
 
-def best_answers(program: Program, parameters: Parameters, batch: Batch, *, beam: BeamConfig) -> list[Beam]:
+def searched_answers(program: Program, parameters: Parameters, batch: Batch, *, beam: BeamConfig) -> list[Beam]:
     """The best that a search finds for each source, all of them searched at once."""
     K, ends = program.beams, (program.eos_id,)
     limits = batch.limits[: len(batch.places)].tolist()
@@ -269,7 +269,7 @@ def step(
     """Each row goes on from a row with a token; -> the states, and the likeliest 2K tokens of each."""
     with use(program.mesh, program.rules):
         model = seq2seq(program.config, parameters)
-        state = jax.tree.map(lambda x: jnp.take(x, parents, axis=0), state)
+        state = jax.tree.map(lambda x: jnp.take(x, parents, axis=0, mode="clip"), state)
         hidden, state, _ = model.step(encoded, state, tokens)
         logits = model.logits(hidden[:, None])[:, 0]
         values, likeliest = largest(logits, 2 * program.beams)

@@ -5,7 +5,7 @@ import json
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jax.sharding import Mesh
 
@@ -14,14 +14,10 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from inference.beam import Beam
 from inference.config import BeamConfig
 from inference.translation import translate
-from inference.weights import Dtype
-from model.parameters import Parameters, abstract, shardings
+from inference.weights import Dtype, run_checkpoint, run_parameters, run_shape
+from model.parameters import Parameters
 from model.seq2seq_config import Seq2SeqConfig
-from parallel import checkpoint
-from parallel.checkpoint import Checkpoint
 from parallel.config import AxisRules
-from parallel.records import from_dict
-from parallel.sharding import located
 
 SMALLEST_TABLE = 64  # rows of a table: a vocabulary is rounded up to a multiple of them
 
@@ -45,45 +41,28 @@ class Translation(NamedTuple):
 
 
 def open_translator(folder: pathlib.Path, *, dtype: Dtype = "float32") -> Translator:
-    """A run folder's shape and tokenizers, its best parameters if it kept them, else the newest; ValueError or OSError
-    where files are missing, damaged or do not fit."""
-    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    try:
-        config = from_dict(Seq2SeqConfig, fields["model"], "model.")
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}; was the run made by another version?") from error
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    source = folder / "source_tokenizer"
+    """A run's shape and tokenizers; ValueError or OSError where files are missing, damaged or do not fit.
+
+    Its parameters are the best that it kept, where it kept some, else the newest.
+    """
+    config, found = run_shape(folder, Seq2SeqConfig), run_checkpoint(folder, "best", "checkpoints")
+    tokenizer, source = load_tokenizer(folder / "tokenizer"), folder / "source_tokenizer"
     translator = Translator(
         name=str(folder),
         config=dataclasses.replace(config, compute_dtype=dtype),
         source_tokenizer=load_tokenizer(source) if source.is_dir() else tokenizer,
         tokenizer=tokenizer,
-        lower=bool(fields.get("data", {}).get("lower", False)),
-        load=loader(config, newest(folder)),
+        lower=learned_lower(folder),
+        load=lambda mesh, rules: run_parameters(config, found, mesh, rules),
     )
     check_vocabularies(translator)
     return translator
 
 
-def newest(folder: pathlib.Path) -> Checkpoint:
-    """The run's best parameters where it kept some, else its newest checkpoint."""
-    for part in ("best", "checkpoints"):
-        found = checkpoint.newest(folder / part, lambda line: print(line, file=sys.stderr))
-        if found is not None:
-            return found
-    raise ValueError(f"{folder} has no checkpoint yet; train it first: train.py saves every train.save_every steps")
-
-
-def loader(config: Seq2SeqConfig, found: Checkpoint) -> Callable[[Mesh, AxisRules], Parameters]:
-    """How a checkpoint's parameters come onto a mesh, averaged ones where it has them."""
-    part = "ema" if any(name.startswith("ema.") for name in found.shapes) else "parameters"
-
-    def load(mesh: Mesh, rules: AxisRules) -> Parameters:
-        wanted: Any = located(abstract(config).shapes, shardings(config, mesh, rules))
-        return checkpoint.load(found, {part: wanted})[part]
-
-    return load
+def learned_lower(folder: pathlib.Path) -> bool:
+    """Whether a run's texts were lower-cased."""
+    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return bool(fields.get("data", {}).get("lower", False))
 
 
 def check_vocabularies(translator: Translator) -> None:

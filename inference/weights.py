@@ -7,7 +7,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 from jax.sharding import Mesh
@@ -19,12 +19,14 @@ from inference.location import Location, check_decoder
 from model import gguf, gguf_file, huggingface, quantized
 from model.config import ModelConfig
 from model.parameters import Parameters, abstract, shardings, summed_dims, unrolled
+from model.seq2seq_config import Seq2SeqConfig
 from ops.quantize import Quantized, Scheme, streamed
 from ops.slabs import Slabs, slabs
 from parallel import checkpoint
+from parallel.checkpoint import Checkpoint
 from parallel.config import AxisRules
 from parallel.records import from_dict
-from parallel.sharding import Names
+from parallel.sharding import Names, located
 
 Dtype = Literal["float32", "bfloat16"]
 MOST_SLABS = 8  # a few cores read as fast as the memory gives; more parts would only be more programs to start
@@ -134,27 +136,42 @@ def open_hub(name: pathlib.Path) -> Model:
 
 def open_run(folder: pathlib.Path) -> Model:
     """A folder of train.py: the newest whole checkpoint, averaged parameters where the run keeps them."""
-    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    try:
-        stacked = from_dict(ModelConfig, fields["model"], "model.")
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}; was the run made by another version?") from error
-    newest = checkpoint.newest(folder / "checkpoints", lambda line: print(line, file=sys.stderr))
-    if newest is None:
-        raise ValueError(f"{folder} has no checkpoint yet; train it first: train.py saves every train.save_every steps")
+    stacked = run_shape(folder, ModelConfig)
+    newest = run_checkpoint(folder, "checkpoints")
     config = dataclasses.replace(stacked, scan_layers=False, remat="none")
 
     def load(mesh: Mesh, rules: AxisRules) -> Parameters:
-        averaged = any(name.startswith("ema.") for name in newest.shapes)
-        wanted = jax.tree.map(
-            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-            abstract(stacked).shapes,
-            shardings(stacked, mesh, rules),
-        )
-        part = "ema" if averaged else "parameters"
-        return unrolled(stacked, checkpoint.load(newest, {part: wanted})[part])[1]
+        return unrolled(stacked, run_parameters(stacked, newest, mesh, rules))[1]
 
     return Model(str(folder), config, load_tokenizer(folder / "tokenizer"), load)
+
+
+Kind = TypeVar("Kind", ModelConfig, Seq2SeqConfig)
+
+
+def run_shape(folder: pathlib.Path, kind: type[Kind]) -> Kind:
+    """The shape of a run's model."""
+    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    try:
+        return from_dict(kind, fields["model"], "model.")
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}; was the run made by another version?") from error
+
+
+def run_checkpoint(folder: pathlib.Path, *places: str) -> Checkpoint:
+    """The newest whole checkpoint of the first of these folders in a run's that has one."""
+    for place in places:
+        found = checkpoint.newest(folder / place, lambda line: print(line, file=sys.stderr))
+        if found is not None:
+            return found
+    raise ValueError(f"{folder} has no checkpoint yet; train it first: train.py saves every train.save_every steps")
+
+
+def run_parameters(config: ModelConfig | Seq2SeqConfig, found: Checkpoint, mesh: Mesh, rules: AxisRules) -> Parameters:
+    """A checkpoint's parameters on a mesh, averaged ones where it has them."""
+    part = "ema" if any(name.startswith("ema.") for name in found.shapes) else "parameters"
+    wanted = located(abstract(config).shapes, shardings(config, mesh, rules))
+    return checkpoint.load(found, {part: wanted})[part]
 
 
 def check_vocabulary(model: Model) -> None:

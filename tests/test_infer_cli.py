@@ -5,19 +5,24 @@ import io
 import json
 import math
 import pathlib
+import shutil
 import subprocess
 import sys
 
+import jax
 import pytest
 
 import infer
 from configs.tiny import run as tiny_run
-from data.tokenizer import ByteTokenizer, CharTokenizer
+from data.tokenizer import ByteTokenizer, CharTokenizer, char_with_ends
 from model import huggingface
+from model.parameters import initialize
+from model.seq2seq_config import Seq2SeqConfig
 from parallel import compilation
 from parallel.checkpoint import Checkpoints
+from parallel.config import AxisRules
 from parallel.records import to_dict
-from tests.inference.small import LLAMA, parameters
+from tests.inference.small import LLAMA, ONE, mesh_of, parameters
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = dataclasses.replace(LLAMA, vocab_size=320, max_length=128)
@@ -117,6 +122,89 @@ def test_a_run_folder_answers_from_its_newest_checkpoint(capsys, folder, tmp_pat
     assert answer(capsys, "generate", tmp_path, "Hello", *GREEDY)["tokens"] == expected["tokens"]
 
 
+TRANSLATOR = Seq2SeqConfig(
+    kind="attention", vocab_size=320, source_vocab_size=64, shared=False, embed_dim=8, recurrent_dim=8, max_length=24
+)
+
+
+@pytest.fixture(scope="module")
+def translator(tmp_path_factory) -> pathlib.Path:
+    """A run folder that translates characters into bytes, in lower case, and knows nothing."""
+    path = tmp_path_factory.mktemp("translator")
+    record = {"model": to_dict(TRANSLATOR), "data": {"lower": True}}
+    (path / "config.json").write_text(json.dumps(record))
+    ByteTokenizer(adds_bos=False).save(path / "tokenizer")
+    char_with_ends(" " + "".join(map(chr, range(97, 123)))).save(path / "source_tokenizer")
+    writer, key = Checkpoints(path / "checkpoints", keep=1), jax.random.key(3)
+    drawn = initialize(TRANSLATOR, mesh_of(ONE), AxisRules(), key=key)
+    writer.save(3, {"parameters": jax.tree.map(lambda w: 8 * w, drawn), "ema": None}, {})
+    writer.wait()
+    return path
+
+
+def test_translate_answers_line_by_line(capsys, translator, tmp_path, monkeypatch):
+    lines = ["one two", "", "  Three ", "a"]
+    (tmp_path / "lines").write_text("\n".join(lines) + "\n")
+    status, out, err = call(capsys, "translate", translator, "--file", tmp_path / "lines")
+    assert (status, err, out.count("\n")) == (0, "", 4)
+    found = out.split("\n")
+    assert found[1] == ""
+    for beam, text in (("5", "three"), ("1", "one two")):
+        status, out, err = call(capsys, "translate", translator, text, "--beam", beam, "--json")
+        assert (status, err) == (0, "")
+        one = json.loads(out)
+        assert len(one["tokens"]) == len(one["logprobs"]) <= 24
+        assert one["finish_reason"] == ("stop" if one["tokens"][-1] == 257 else "length")
+        assert beam == "1" or one["text"] == found[2]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one two\n\nthree\n"))
+    assert call(capsys, "translate", translator, "-")[1].split("\n") == [*found[:3], ""]
+
+
+def test_a_run_that_kept_its_best_parameters_translates_with_them(capsys, translator, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(translator, run)
+    drawn = initialize(TRANSLATOR, mesh_of(ONE), AxisRules(), key=jax.random.key(3))
+    best = Checkpoints(run / "best", keep=1)
+    best.save(2, {"parameters": jax.tree.map(jax.numpy.zeros_like, drawn)}, {})
+    best.wait()
+    found = json.loads(call(capsys, "translate", run, "a", "--beam", "1", "--json")[1])
+    assert found["tokens"] == [0] * 14  # 2 source tokens have room for 14; all are as likely, the first is taken
+
+
+def test_what_cannot_be_translated_is_refused(capsys, folder, translator, tmp_path):
+    (tmp_path / "binary").write_bytes(b"a\nb\xff\n")
+    (tmp_path / "long").write_text("a\n" + "b" * 24 + "\n")
+    (tmp_path / "foreign").write_text("a\nß\n")
+    other = tmp_path / "other"
+    shutil.copytree(translator, other)
+    ByteTokenizer(adds_bos=False).save(other / "source_tokenizer")
+    new = tmp_path / "new"
+    shutil.copytree(translator, new)
+    shutil.rmtree(new / "checkpoints")
+    refusals = {
+        ("translate", translator, "--file", tmp_path / "none"): "none is no file; give the text to translate",
+        ("translate", translator, "--file", tmp_path / "binary"): "binary line 2 is not UTF-8: byte 2 is 0xFF",
+        ("translate", translator, "--file", tmp_path / "long"): "line 2 has 25 tokens with its end, more than the 24",
+        ("translate", translator, "--file", tmp_path / "foreign"): "line 2: ",
+        ("translate", other, "a"): "the source tokenizer has 258 tokens but the run's weights have 64 rows",
+        ("translate", new, "a"): "has no checkpoint yet",
+        ("translate", folder, "a"): "is decoder-only, which continues a text: use infer.py generate",
+        ("translate", translator): "translate takes either TEXT or --file FILE",
+        ("translate", translator, "a", "--file", tmp_path / "long"): "translate takes either TEXT or --file FILE",
+        ("translate", translator, "a", "--beam", "1", "--length-penalty", "2"): "--length-penalty and --early-stopping",
+        ("generate", translator, "a"): "is an encoder–decoder, which translates; use infer.py translate",
+        ("chat", translator): "use infer.py translate",
+        ("serve", translator): "use infer.py translate",
+        ("score", translator, "--file", tmp_path / "long"): "use infer.py translate",
+        ("generate", folder, "a", "--draft", translator): "use infer.py translate",
+    }
+    for arguments, message in refusals.items():
+        status, out, err = call(capsys, *arguments)
+        assert (status, out, err.count("\n")) == (2, "", 1), err
+        assert err.startswith("error: ")
+        assert message in err
+
+
 def test_chat_needs_a_template(capsys, folder):
     status, out, err = call(capsys, "chat", folder)
     assert (status, out) == (2, "")
@@ -196,7 +284,11 @@ def test_help_and_refusals_need_no_jax():
         "generate smollm2 x --max-tokens 0": "generation.max_tokens=0 must be at least 1",
         "generate smollm2 x -n 0": "-n 0 must be at least 1",
         "generate smollm2 x --mesh tensr=2": "unknown key tensr .*; did you mean tensor?",
-        "score smollm2 --file nothing": "--file nothing is no file",
+        "score smollm2 --file nothing": "--file nothing is no file; give the text to score",
+        "translate smollm2": "translate takes either TEXT or --file FILE",
+        "translate smollm2 x": "MODEL .* is decoder-only, which continues a text: use infer.py generate",
+        "translate smollm2 x --beam 11": "beams=11 must be between 1 and 10",
+        "translate smollm2 --file nothing": "--file nothing is no file; give the text to translate",
         "chat runs/nothing": "MODEL runs/nothing is nothing that exists",
     }
     program = (

@@ -15,8 +15,7 @@ HYPOTHESES = ["Two young men are outside by many bushes.", "A small girl climbs 
 
 
 def test_bleu_is_the_papers():
-    """The example of sacreBLEU's README is 48.53; a translation that is the reference has 100, one word of 4 too few
-    costs exp(1 - 4/3)."""
+    """A translation that is the reference has 100; 3 words for 4 cost exp(1 - 4/3) (Papineni et al. 2002)."""
     assert bleu(REFERENCES, REFERENCES) == pytest.approx(100)
     assert bleu(HYPOTHESES, REFERENCES) == pytest.approx(corpus_bleu(HYPOTHESES, [REFERENCES]).score)
     assert 30 < bleu(HYPOTHESES, REFERENCES) < 60
@@ -81,6 +80,7 @@ def run(tmp_path):
         ("run", "none", "none", [], "none has 0 lines"),
         ("run", "binary", "two", [], "binary line 2 is not UTF-8: byte 2 is 0xFF"),
         ("decoder", "two", "two", [], "decoder is decoder-only, which continues a text: use infer.py generate"),
+        ("run", "two", "two", ["--out", "nowhere/file"], "--out nowhere/file is in nowhere, which is no folder"),
         ("run", "two", "two", ["--beam", "11"], "beams=11 must be between 1 and 10"),
         ("run", "two", "two", ["--beam", "1", "--length-penalty", "2"], "--length-penalty is for a search"),
     ],

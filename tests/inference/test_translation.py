@@ -1,5 +1,6 @@
 """Batches of sources translate as each alone; one beam is greedy; a wide search finds the likeliest of all answers."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -11,7 +12,7 @@ import pytest
 from data.pair_batches import PairBatch
 from inference import translation
 from inference.config import BeamConfig
-from inference.translation import Program, batches, best_answers, greedy_answers, translate
+from inference.translation import Program, batches, greedy_answers, searched_answers, translate
 from model.parameters import initialize, seq2seq
 from model.seq2seq_config import Seq2SeqConfig
 from parallel.config import AxisRules, MeshConfig
@@ -113,14 +114,14 @@ def program(beams: int) -> Program:
 def test_a_search_with_one_beam_is_greedy(table, beam):
     for batch in batches(sources(), rows=8, longest=M, most=M):
         greedy = greedy_answers(program(1), table, batch)
-        found = best_answers(program(1), table, batch, beam=beam)
+        found = searched_answers(program(1), table, batch, beam=beam)
         assert [one.tokens for one in found] == [one.tokens for one in greedy]
         np.testing.assert_allclose([one.total for one in found], [one.total for one in greedy], **CLOSE)
 
 
 @pytest.mark.parametrize("penalty", [0.0, 1.0, -1.0])
 def test_a_wide_search_finds_the_best_of_all_answers(table, penalty):
-    """Of three tokens at most there are 1 + 2 + 4 answers where eos and two others can come."""
+    """Where eos and two other tokens can come, there are 1 + 2 + 12 answers of three tokens at most."""
     words = (3, 4)
     closed = np.full((V,), -np.inf)
     closed[[*words, EOS]] = 0
@@ -225,7 +226,11 @@ def test_every_kind_decodes_what_training_reads(kind):
 
 
 def test_a_mesh_translates_alike():
-    config, some, mesh = REAL["transformer"], sources(9), MeshConfig(data=2, tensor=2)
+    config, some, mesh = (
+        dataclasses.replace(REAL["transformer"], vocab_size=8),
+        sources(9),
+        MeshConfig(data=2, tensor=2),
+    )
     for beams in (1, 3):
         one, other = (run(weights(config, where), some, config, mesh=where, beams=beams) for where in (ONE, mesh))
         assert [one.tokens for one in one] == [two.tokens for two in other]
