@@ -1,4 +1,4 @@
-"""Use a model: `infer.py generate|chat|translate|score|serve MODEL …`, or route between servers of it. The door.
+"""Use a model: `infer.py generate|chat|translate|score|serve MODEL …`; or stand before servers: `infer.py route …`.
 
 Nothing heavy is imported before the command line is understood, so `--help` and most errors answer at once.
 """

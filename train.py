@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from configs.base import RunConfig
 from configs.commandline import resolve
 from configs.help import help_text
+from data.config import PairsConfig
 from parallel.records import to_dict
 
 DEFAULT = pathlib.Path(__file__).parent / "configs" / "quickstart.py"
@@ -64,6 +65,24 @@ def start(run: RunConfig) -> int:
             model, parameters, tokenizer, mesh, run.rules, prompt=prompt, num_tokens=num_tokens, sampling=how
         )
 
+    def score(model, parameters, corpus) -> tuple[float, list[str]]:
+        """BLEU of what a model of these parameters makes of the validation pairs, greedily, and its translations."""
+        from evals.translation import bleu
+        from inference.config import BeamConfig
+        from inference.translation import translate
+
+        sources, most = corpus.valid.sources.each(), model.max_length
+        fits = [place for place, source in enumerate(sources) if len(source) <= most]
+        found = translate(
+            model, parameters, make_mesh(run.mesh), run.rules.with_whole_rows(), [sources[place] for place in fits],
+            beam=BeamConfig(), bos_id=corpus.tokenizer.bos_id, eos_id=corpus.tokenizer.eos_id, max_tokens=most,
+        )  # fmt: skip
+        texts = [""] * len(sources)
+        for place, answer in zip(fits, found, strict=True):
+            texts[place] = corpus.tokenizer.decode(answer.tokens)
+        references = [target for _, target in corpus.valid_texts]
+        return bleu(texts, references), texts
+
     with hosts.joined(run.hosts):
         devices = jax.devices()
         slices = len({getattr(device, "slice_index", 0) for device in devices})
@@ -80,6 +99,7 @@ def start(run: RunConfig) -> int:
             optim=run.optim,
             schedule=run.train,
             sample=sample,
+            score=score if isinstance(run.data, PairsConfig) else None,
         )
 
 

@@ -10,8 +10,9 @@ import math
 import re
 import typing
 
-from data.config import DataConfig
+from data.config import DataConfig, PairsConfig, bucket_edges
 from model.config import ModelConfig
+from model.seq2seq_config import Seq2SeqConfig
 from parallel.chips import CHIPS, Chip
 from parallel.config import AxisRules, ExecutionConfig, HostsConfig, MeshAxes, MeshConfig
 from parallel.records import nearest
@@ -33,12 +34,12 @@ class RunConfig:
     name: str  # the run's folder is out/name
     out: str = "runs"  # folder of runs
     seed: int = 0  # initial weights, order of examples, sampling
-    model: ModelConfig
+    model: ModelConfig | Seq2SeqConfig
     mesh: MeshConfig = MeshConfig()
     rules: AxisRules = AxisRules()
     execution: ExecutionConfig = ExecutionConfig()
     hosts: HostsConfig = HostsConfig()
-    data: DataConfig = DataConfig()
+    data: DataConfig | PairsConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig
     topologies: tuple[str, ...] = ()  # TPU slices that this run is meant for, e.g. v5e:16x16; *2 is two of them
@@ -50,6 +51,7 @@ class RunConfig:
         for name in self.topologies:
             find(name)
         check_lengths(self.model, self.optim, self.train)
+        check_data(self.model, self.data, self.train)
         check_rules(self.rules, self.mesh)
         check_splits(self, {axis: max(size, 1) for axis, size in self.mesh.axes.items()})
 
@@ -78,7 +80,7 @@ def check_name(name: str) -> None:
         )
 
 
-def check_lengths(model: ModelConfig, optim: OptimConfig, train: TrainConfig) -> None:
+def check_lengths(model: ModelConfig | Seq2SeqConfig, optim: OptimConfig, train: TrainConfig) -> None:
     """Sequences fit the model, micro-batches the batch, warm-up the run."""
     if train.seq_len > model.max_length:
         raise ValueError(
@@ -95,6 +97,26 @@ def check_lengths(model: ModelConfig, optim: OptimConfig, train: TrainConfig) ->
             f"optim.warmup_steps={optim.warmup_steps} is more than train.steps={train.steps}; "
             f"lower it to at most {train.steps} or train longer"
         )
+
+
+def check_data(model: ModelConfig | Seq2SeqConfig, data: DataConfig | PairsConfig, train: TrainConfig) -> None:
+    """An encoder–decoder learns from pairs of texts, a decoder from text."""
+    if not isinstance(model, Seq2SeqConfig):
+        if isinstance(data, PairsConfig):
+            raise ValueError("data=PairsConfig(…) holds pairs of texts, which need model=Seq2SeqConfig(…)")
+        if train.patience:
+            raise ValueError(
+                f"train.patience={train.patience} counts evaluations by BLEU, which text alone has not; give 0"
+            )
+        return
+    if not isinstance(data, PairsConfig):
+        raise ValueError("model=Seq2SeqConfig(…) learns from pairs of texts; give data=PairsConfig(…)")
+    if model.shared and not data.shared:
+        raise ValueError(
+            "model.shared=true is one table for both languages but data.shared=false gives each a vocabulary; "
+            "make both true or both false"
+        )
+    bucket_edges(data.buckets, seq_len=train.seq_len)
 
 
 def check_rules(rules: AxisRules, mesh: MeshConfig) -> None:
@@ -135,10 +157,20 @@ def check_splits(run: RunConfig, sizes: dict[str, int]) -> None:
                 )
 
 
-def split_dims(model: ModelConfig, train: TrainConfig) -> dict[str, dict[str, int]]:
+def split_dims(model: ModelConfig | Seq2SeqConfig, train: TrainConfig) -> dict[str, dict[str, int]]:
     """The sizes behind each logical name. A vocabulary of 0 is not known yet, and a multiple of anything."""
-    return {
-        "batch": {"train.batch_size / train.accumulate": train.batch_size // train.accumulate},
+    batch = {"batch": {"train.batch_size / train.accumulate": train.batch_size // train.accumulate}}
+    if isinstance(model, Seq2SeqConfig):
+        ways = 2 if model.bidirectional else 1
+        return batch | {
+            "embed": {"model.embed_dim": model.embed_dim, "model.recurrent_dim": model.recurrent_dim},
+            "heads": {"model.num_heads": model.num_heads},
+            "head": {"model.head_dim": model.head_dim},
+            "ffn": {"model.ffn_dim": model.ffn_dim},
+            "vocab": {"model.vocab_size": model.vocab_size, "model.source_vocab_size": model.source_vocab_size},
+            "recurrent": {f"model.recurrent_dim / {ways}": model.recurrent_dim // ways},
+        }
+    return batch | {
         "seq": {"train.seq_len": train.seq_len},
         "residual_seq": {"train.seq_len": train.seq_len},
         "embed": {"model.embed_dim": model.embed_dim},
@@ -163,6 +195,14 @@ def check_used(run: RunConfig, sizes: dict[str, int]) -> None:
             raise ValueError(
                 f"mesh.{axis}={size} but no rule names {axis}; bind one of rules.* to it, or take mesh.{axis}=1"
             )
+    if isinstance(model, Seq2SeqConfig):
+        for axis in ("pipe", "expert", "context"):
+            if sizes[axis] > 1:
+                raise ValueError(
+                    f"mesh.{axis}={sizes[axis]} does not go with model.kind={model.kind}: an encoder–decoder runs over "
+                    f"data, fsdp and tensor; take mesh.{axis}=1"
+                )
+        return check_meeting(run.rules.with_whole_rows(), sizes)
     if sizes["expert"] > 1 and not model.num_experts:
         raise ValueError(
             f"mesh.expert={sizes['expert']} but model.num_experts=0: nobody uses rules.experts; take mesh.expert=1 and "
@@ -181,6 +221,7 @@ def check_used(run: RunConfig, sizes: dict[str, int]) -> None:
 def check_pipe(run: RunConfig, sizes: dict[str, int]) -> None:
     """Layers come out in equal chunks, and a device's batch in microbatches that fill the pipe."""
     model, train, execution, ranks = run.model, run.train, run.execution, sizes["pipe"]
+    assert isinstance(model, ModelConfig)
     if ranks == 1:
         if execution.repeats > 1 or execution.microbatches or execution.pipeline != "circular":
             raise ValueError(
@@ -219,7 +260,8 @@ def check_pipe(run: RunConfig, sizes: dict[str, int]) -> None:
 def check_meeting(rules: AxisRules, sizes: dict[str, int]) -> None:
     """Activations are split where the weights are that they meet: a step computes each device's part in place."""
     split = {name: tuple(axis for axis in axes_of(rule) if sizes[axis] > 1) for name, rule in named(rules).items()}
-    for weights, activations in (("heads", "act_heads"), ("ffn", "act_ffn"), ("vocab", "act_vocab")):
+    for weights in ("heads", "ffn", "vocab", "recurrent"):
+        activations = f"act_{weights}"
         if split[weights] != split[activations]:
             raise ValueError(
                 f"rules.{weights} splits over {split[weights]} but rules.{activations} over {split[activations]}: a "
@@ -239,7 +281,9 @@ def check_meeting(rules: AxisRules, sizes: dict[str, int]) -> None:
 def picked_mesh(run: RunConfig, num_devices: int, kind: str = "", slices: int = 1) -> MeshConfig:
     """The mesh that the planner finds quickest on chips that it knows, else the simplest one that divides the run."""
     chip = next((chip for chip in CHIPS if kind in chip.kinds), None)
-    return planned_mesh(run, num_devices, chip, slices) if chip else simplest_mesh(run, num_devices)
+    if chip is None or isinstance(run.model, Seq2SeqConfig):  # the planner knows decoders
+        return simplest_mesh(run, num_devices)
+    return planned_mesh(run, num_devices, chip, slices)
 
 
 def simplest_mesh(run: RunConfig, num_devices: int) -> MeshConfig:
@@ -248,10 +292,11 @@ def simplest_mesh(run: RunConfig, num_devices: int) -> MeshConfig:
     Weights travel least where tokens stay; tensor and context come in where the batch has no more sequences to split.
     """
     reasons = []
+    num_experts = run.model.num_experts if isinstance(run.model, ModelConfig) else 0
     for tensor, context in sorted(itertools.product(divisors(num_devices), repeat=2), key=lambda pair: math.prod(pair)):
         if num_devices % (tensor * context):
             continue
-        for expert in sorted(divisors(math.gcd(run.model.num_experts, num_devices)), reverse=True):
+        for expert in sorted(divisors(math.gcd(num_experts, num_devices)), reverse=True):
             if num_devices % (tensor * context * expert) or expert > EXPERTS_APART:
                 continue
             fsdp = num_devices // (tensor * context * expert)
@@ -279,12 +324,23 @@ def planned_mesh(run: RunConfig, num_devices: int, chip: Chip, slices: int = 1) 
         dataclasses.replace(run, mesh=candidate.mesh).check_devices(candidate.devices)
 
     base = planned_candidate(run, MeshConfig(data=1), slices)
-    ways = training_meshes(run.model, base, num_devices, check).allowed
+    ways = training_meshes(decoder_of(run)[0], base, num_devices, check).allowed
     return quickest(planned_question(run, num_devices, chip), ways).mesh if ways else simplest_mesh(run, num_devices)
+
+
+def decoder_of(run: RunConfig) -> tuple[ModelConfig, DataConfig]:
+    """Its model and text; ValueError for an encoder–decoder, whose time and memory nobody predicts yet."""
+    if isinstance(run.model, ModelConfig) and isinstance(run.data, DataConfig):
+        return run.model, run.data
+    raise ValueError(
+        f"{run.name} is an encoder–decoder, and the performance model knows decoder-only models; "
+        "docs/lineage.md has its costs"
+    )
 
 
 def planned_candidate(run: RunConfig, mesh: MeshConfig, slices: int = 1) -> Candidate:
     """The run as it is, on a mesh."""
+    model, _ = decoder_of(run)
     return Candidate(
         mesh=mesh,
         slices=slices,
@@ -292,7 +348,7 @@ def planned_candidate(run: RunConfig, mesh: MeshConfig, slices: int = 1) -> Cand
         accumulate=run.train.accumulate,
         microbatches=run.execution.microbatches,
         repeats=run.execution.repeats,
-        remat=run.model.remat,
+        remat=model.remat,
         precision=own_precision(run, "train"),
     )
 
@@ -303,7 +359,7 @@ def planned_question(run: RunConfig, num_devices: int, chip: Chip) -> "Question"
 
     return Question(
         step="train",
-        model=with_usual_vocabulary(run.model, run.data),
+        model=with_usual_vocabulary(*decoder_of(run)),
         optim=run.optim,
         train=run.train,
         chip=chip,
@@ -322,7 +378,7 @@ def applied(run: RunConfig, candidate: Candidate) -> RunConfig:
     return dataclasses.replace(
         run,
         model=dataclasses.replace(
-            run.model,
+            decoder_of(run)[0],
             remat=candidate.remat,
             compute_dtype="float32" if compute == "fp32" else "bfloat16",
             matmul=compute if compute in ("int8", "fp8") else "float",
@@ -335,9 +391,10 @@ def applied(run: RunConfig, candidate: Candidate) -> RunConfig:
 
 def own_precision(run: RunConfig, step: Step) -> Precision:
     """The numbers that a run asks for: parameters are float32 in training, and in serving what they multiply in."""
-    number = "fp32" if run.model.compute_dtype == "float32" else "bf16"
+    model, _ = decoder_of(run)
+    number = "fp32" if model.compute_dtype == "float32" else "bf16"
     if step == "train":
-        return Precision("fp32", run.model.matmul if run.model.matmul != "float" else number, number)
+        return Precision("fp32", model.matmul if model.matmul != "float" else number, number)
     return Precision(number, number, number)
 
 

@@ -22,7 +22,7 @@ def help_text(record, section: str = "") -> str:
     rows, inner = [], []
     for name, annotation in hints.items():
         path, value = f"{section}.{name}".lstrip("."), getattr(record, name)
-        if is_record(annotation):
+        if is_record(value):
             inner.append(help_text(value, path))
         else:
             rows.append((f"{path}={written(value)}", f"{notes[name]}  [{describe(annotation)}]"))

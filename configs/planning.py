@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
-from configs.base import RunConfig, applied, own_precision, with_usual_vocabulary
+from configs.base import RunConfig, applied, decoder_of, own_precision, with_usual_vocabulary
 from configs.commandline import resolve
 from configs.overrides import override
 from model.families import PUBLISHED
@@ -88,7 +88,7 @@ def of_model(name: str) -> RunConfig:
 def asked(run: RunConfig, is_bare: bool, wishes: Wishes) -> tuple[Question, Check]:
     """What the planner is asked, and what it may not do to the run."""
     chip, numbers, num_slices = _machine(run, wishes)
-    model = with_usual_vocabulary(run.model, run.data)
+    model = with_usual_vocabulary(*decoder_of(run))
     length = wishes.length or run.train.seq_len
     if length > model.max_length:
         raise ValueError(
@@ -191,7 +191,9 @@ def as_planned(run: RunConfig, question: Question, plan: Plan) -> tuple[RunConfi
         mesh = dataclasses.replace(one.mesh, data=1)
         topology_ = machine.topology(chip, max(math.prod(mesh.axes.values()) // chip.devices_per_chip, 1), 1)
         dtype = "float32" if one.precision.compute == "fp32" else "bfloat16"
-        planned = dataclasses.replace(run, mesh=mesh, model=dataclasses.replace(run.model, compute_dtype=dtype))
+        planned = dataclasses.replace(
+            run, mesh=mesh, model=dataclasses.replace(decoder_of(run)[0], compute_dtype=dtype)
+        )
     if topology_ is None:
         raise ValueError(f"--compile asks the TPU compiler, which knows no {chip.name}; leave it out")
     return planned, topology_

@@ -10,7 +10,7 @@ from parallel.records import require
 class SourceConfig:
     """One text source of a mixture."""
 
-    path: str = "stdlib"  # stdlib (Python's own sources), a text file or folder, .jsonl, .parquet, or hf:NAME
+    path: str = "stdlib"  # stdlib, a text file or folder, .jsonl, .parquet, hf:NAME, digits or speech:FOLDER
     weight: float = 1.0  # share of training rows drawn from it, relative to the other sources
     field: str = "text"  # which key or column holds the text (jsonl, parquet, hf)
     split: str = "train"  # which split (hf)
@@ -25,10 +25,10 @@ class SourceConfig:
 class DataConfig:
     """Text, tokenizer, cleaning, packing and loading."""
 
-    path: str = "stdlib"  # the run's text: stdlib, a text file or folder, .jsonl, .parquet, or hf:NAME
+    path: str = "stdlib"  # stdlib (Python's), a text file or folder, .jsonl, .parquet, hf:NAME, digits, speech:FOLDER
     field: str = "text"  # which key or column holds the text (jsonl, parquet, hf)
     mixture: tuple[SourceConfig, ...] = ()  # several weighted sources instead of path
-    tokenizer: str = "bpe"  # bpe (trained on the text), byte, char, or a tokenizer.json / Hugging Face folder or name
+    tokenizer: str = "bpe"  # bpe (of the text), byte, char, words, a tokenizer.json, Hugging Face folder or name
     bpe_vocab: int = 4096  # tokens of a trained bpe
     valid_fraction: float = 0.05  # of documents (or of the text's end, see split) held out; 0 holds out none
     split: Literal["auto", "document", "tail"] = "auto"  # hold out documents or the text's end; auto: end if few
@@ -76,21 +76,21 @@ class PairsConfig:
     examples: int = 20_000  # generated pairs, held-out ones among them (dates)
 
     def __post_init__(self):
-        require(self, "pairs", "bpe_vocab", low=258)  # 256 bytes, begin and end of a text
-        require(self, "pairs", "valid_pairs test_pairs", low=0)
-        require(self, "pairs", "examples", low=1)
+        require(self, "data", "bpe_vocab", low=258)  # 256 bytes, begin and end of a text
+        require(self, "data", "valid_pairs test_pairs", low=0)
+        require(self, "data", "examples", low=1)
         if self.source == self.target:
             raise ValueError(
-                f"pairs.source={self.source} and pairs.target={self.target} are the same; translate between two"
+                f"data.source={self.source} and data.target={self.target} are the same; translate between two"
             )
         if any(edge < 2 for edge in self.buckets) or list(self.buckets) != sorted(set(self.buckets)):
-            raise ValueError(f"pairs.buckets={self.buckets} must rise from 2 or more, as 16,24,32 does")
+            raise ValueError(f"data.buckets={self.buckets} must rise from 2 or more, as 16,24,32 does")
 
 
 def bucket_edges(buckets: tuple[int, ...], *, seq_len: int) -> tuple[int, ...]:
     """The buckets' row lengths, seq_len last; ValueError where a bucket is longer."""
     if buckets and buckets[-1] > seq_len:
         raise ValueError(
-            f"pairs.buckets has {buckets[-1]}, more than train.seq_len={seq_len}; leave it out, or raise train.seq_len"
+            f"data.buckets has {buckets[-1]}, more than train.seq_len={seq_len}; leave it out, or raise train.seq_len"
         )
     return tuple(dict.fromkeys([*buckets, seq_len]))

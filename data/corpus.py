@@ -23,7 +23,15 @@ from data.huggingface_tokenizer import download_huggingface, load_huggingface
 from data.quality import Repeats, Report, content_hash
 from data.sources import read_with_progress, stat_fingerprint
 from data.survey import Fate, Survey, mark, survey
-from data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, fingerprint, load_tokenizer, train_bpe
+from data.tokenizer import (
+    ByteTokenizer,
+    CharTokenizer,
+    Tokenizer,
+    WordTokenizer,
+    fingerprint,
+    load_tokenizer,
+    train_bpe,
+)
 
 GROUP_CHARS = 1 << 22  # tokenised at once
 NOT_TEXT = {"path", "field", "mixture", "packing", "prefetch", "workers", "cache_dir"}  # do not change the tokens
@@ -149,6 +157,8 @@ def _make_tokenizer(config: DataConfig, surveys: list[Survey]) -> Tokenizer:
             return ByteTokenizer(adds_bos=adds_bos)
         case "char":
             return CharTokenizer(characters="".join(sorted(set().union(*(found.characters for found in surveys)))))
+        case "words":
+            return WordTokenizer(words=_all_words(config, surveys), adds_bos=adds_bos)
         case "bpe":
             sample = [segment for found in surveys for segment in found.sample]
             return train_bpe(sample, vocab_size=config.bpe_vocab, adds_bos=adds_bos)
@@ -156,6 +166,16 @@ def _make_tokenizer(config: DataConfig, surveys: list[Survey]) -> Tokenizer:
             return load_tokenizer(name)
         case name:
             return load_huggingface(download_huggingface(name))
+
+
+def _all_words(config: DataConfig, surveys: list[Survey]) -> tuple[str, ...]:
+    """Every word of the sources, sorted; ValueError where one may be cut in two."""
+    if any(Fate.CUT in found.fates for found in surveys):
+        raise ValueError(
+            f"data.tokenizer=words keeps words whole but data.split={config.split} cuts a text to hold out its end; "
+            "set data.split=document or data.valid_fraction=0"
+        )
+    return tuple(sorted(frozenset().union(*(found.words for found in surveys))))
 
 
 class _Piece(NamedTuple):

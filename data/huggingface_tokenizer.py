@@ -201,7 +201,7 @@ def download_huggingface(name: str) -> pathlib.Path:
     except Exception as error:  # network, missing name, no access: many kinds, one meaning
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"tokenizer {name!r} is not bpe, byte, char, nor an existing folder or file, "
+            f"tokenizer {name!r} is not bpe, byte, char, words, nor an existing folder or file, "
             f"and Hugging Face did not give it ({reason}); name a folder that holds its tokenizer.json"
         ) from None
 

@@ -7,6 +7,7 @@ batch has about batch_size * seq_len slots a side, and as many rows as batch_siz
 import dataclasses
 import functools
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -48,6 +49,10 @@ class Texts:
     def lengths(self) -> Int64[np.ndarray, " texts"]:
         """Tokens of each."""
         return np.diff(self.offsets)
+
+    def each(self) -> list[list[int]]:
+        """Each text's tokens."""
+        return [self.tokens[start:end].tolist() for start, end in itertools.pairwise(self.offsets.tolist())]
 
     def rows(
         self, picks: Int64[np.ndarray, " B"], *, width: int, skip: int, leave: int

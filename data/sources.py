@@ -1,4 +1,4 @@
-"""Documents out of text files, folders, .jsonl, .parquet, the standard library and the Hugging Face hub.
+"""Documents out of text files, folders, .jsonl, .parquet, Python's sources, the Hugging Face hub, pictures and sound.
 
 Knows what text is and where it stands; knows no tokens.
 """
@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from data import images, speech
 from data.config import SourceConfig
 
 PART_BYTES = 1 << 22  # a longer text comes in parts of about this size
@@ -28,12 +29,17 @@ class Document(NamedTuple):
     text: str
     starts: bool = True  # the first part
     ends: bool = True  # the last part
+    origin: str = ""  # documents of one origin are held out together; none is the document itself
 
 
 def read_documents(source: SourceConfig) -> Iterator[Document]:
     """Every document of a source, always in the same order; ValueError or OSError where something is not text."""
     if source.path.startswith("hf:"):
         yield from _read_hub(source)
+        return
+    if is_made(source):
+        for example in images.examples() if source.path == images.PATH else speech.examples(source.path):
+            yield Document(example.origin, example.text, origin=example.origin)
         return
     files = list_files(source)
     for path in files:
@@ -45,8 +51,15 @@ def read_documents(source: SourceConfig) -> Iterator[Document]:
             yield from _read_text(path, is_alone=len(files) == 1)
 
 
+def is_made(source: SourceConfig) -> bool:
+    """Whether the text is written here, about pictures or sound."""
+    return source.path == images.PATH or source.path.startswith(speech.PREFIX)
+
+
 def list_files(source: SourceConfig) -> list[pathlib.Path]:
     """Files of a source on disk, sorted; hidden ones are left out."""
+    if is_made(source):
+        return [] if source.path == images.PATH else speech.list_clips(source.path)
     if source.path == "stdlib":
         return _stdlib_files()
     root = pathlib.Path(source.path)
@@ -54,7 +67,8 @@ def list_files(source: SourceConfig) -> list[pathlib.Path]:
         return [root]
     if not root.is_dir():
         raise ValueError(
-            f"data.path={source.path} does not exist; give stdlib, a text file or folder, .jsonl, .parquet or hf:NAME"
+            f"data.path={source.path} does not exist; "
+            "give stdlib, a text file or folder, .jsonl, .parquet, hf:NAME, digits or speech:FOLDER"
         )
     files = _walk(root)
     if not files:
@@ -85,6 +99,7 @@ def stat_fingerprint(source: SourceConfig) -> str:
     if source.path.startswith("hf:"):
         facts += [source.path, source.split]
     else:
+        facts += [images.RULES, speech.RULES, source.path] if is_made(source) else []
         for path in list_files(source):
             stat = os.stat(path)
             facts.append((os.path.abspath(path), stat.st_size, stat.st_mtime_ns))
@@ -93,7 +108,7 @@ def stat_fingerprint(source: SourceConfig) -> str:
 
 def total_bytes(source: SourceConfig) -> int | None:
     """Size on disk; None where it is not known before reading."""
-    if source.path.startswith("hf:"):
+    if source.path.startswith("hf:") or is_made(source):
         return None
     return sum(path.stat().st_size for path in list_files(source))
 

@@ -37,6 +37,7 @@ class Survey(NamedTuple):
     is_lone: bool  # one text in two pieces, which neither begins nor ends
     sample: list[str]  # segments of text
     characters: str  # every character that is kept, sorted
+    words: frozenset[str]  # every word that is kept
     report: Report
 
 
@@ -46,7 +47,7 @@ def survey(source: SourceConfig, config: DataConfig, repeats: Repeats) -> Survey
     `repeats` has seen the sources before it, so that a document counts once in a mixture.
     """
     report, sample = Report(), _Sample(SAMPLE_CHARS if config.tokenizer == "bpe" else 0)
-    digest, characters = hashlib.blake2b(digest_size=16), set[str]()
+    digest, characters, words = hashlib.blake2b(digest_size=16), set[str](), set[str]()
     kept, starts, lengths, places = bytearray(), bytearray(), array.array("q"), array.array("Q")
     for document in read_with_progress(source, "reading"):
         content = content_hash(document.text)
@@ -57,13 +58,15 @@ def survey(source: SourceConfig, config: DataConfig, repeats: Repeats) -> Survey
         kept.append(reason is None)
         starts.append(document.starts)
         lengths.append(len(document.text))
-        places.append(int.from_bytes(content[:8]))
+        places.append(int.from_bytes(_place(document, content)[:8]))
         if reason is not None:
             report.drop(document.name, reason)
             continue
         sample.add(document.text, content)
         if config.tokenizer == "char":
             characters.update(document.text)
+        if config.tokenizer == "words":
+            words.update(document.text.split())
     if not any(kept):
         raise ValueError(f"{source.path} leaves no document to train on: {report}")
     parts = _Parts(*(np.array(column) for column in (kept, starts, lengths, places)))
@@ -75,6 +78,7 @@ def survey(source: SourceConfig, config: DataConfig, repeats: Repeats) -> Survey
         is_lone=Fate.CUT in fates and parts.num_texts == 1,
         sample=sample.segments(),
         characters="".join(sorted(characters)),
+        words=frozenset(words),
         report=report,
     )
 
@@ -82,6 +86,11 @@ def survey(source: SourceConfig, config: DataConfig, repeats: Repeats) -> Survey
 def mark(document: Document, content: bytes) -> bytes:
     """What the hash of a source takes in of each document."""
     return content + bytes([document.starts, document.ends])
+
+
+def _place(document: Document, content: bytes) -> bytes:
+    """What decides whether a document is held out: its content, or the origin that it shares with others."""
+    return content_hash(document.origin) if document.origin else content
 
 
 def _reason_to_drop(document: Document, content: bytes, repeats: Repeats, config: DataConfig) -> str | None:
@@ -120,7 +129,7 @@ class _Parts(NamedTuple):
     kept: np.ndarray
     starts: np.ndarray  # whether it is the first part of its text
     lengths: np.ndarray  # characters
-    places: np.ndarray  # by content, uniform
+    places: np.ndarray  # by content or origin, uniform
 
     @property
     def num_texts(self) -> int:
@@ -130,7 +139,8 @@ class _Parts(NamedTuple):
 def _decide(parts: _Parts, config: DataConfig, source: SourceConfig) -> tuple[np.ndarray, int]:
     """Which documents train and which are held out: by content, or by place where the fraction makes no whole document.
 
-    The content rule moves no document when others come or go, save those at the border; equal texts stay together.
+    The content rule moves no document when others come or go, save those at the border; equal texts stay together, and
+    so do the documents of one origin.
     """
     fates = np.where(parts.kept, Fate.TRAIN, Fate.DROPPED)
     if not config.valid_fraction:

@@ -1,4 +1,4 @@
-"""Text to token ids and back: the interface, bytes, characters, and text as a stream. Knows no text source.
+"""Text to token ids and back: the interface, bytes, characters, words, and text as a stream. Knows no text source.
 
 Tokenizers with subwords are in data/huggingface_tokenizer.py.
 """
@@ -22,6 +22,7 @@ __all__ = [
     "HuggingFaceTokenizer",
     "TextStream",
     "Tokenizer",
+    "WordTokenizer",
     "char_with_ends",
     "fingerprint",
     "load_tokenizer",
@@ -185,6 +186,51 @@ def char_with_ends(characters: str) -> CharTokenizer:
     )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WordTokenizer:
+    """One token a word out of a fixed set, words being what white space parts; 0 begins a text, 1 ends it."""
+
+    words: tuple[str, ...]  # sorted, each once
+    adds_bos: bool = True
+    bos_id: int | None = 0
+    eos_id: int | None = 1
+    end_ids: tuple[int, ...] = (1,)
+    chat_template: str | None = None
+    special_ids: frozenset[int] = frozenset({0, 1})
+    byte_ids: frozenset[int] = frozenset()
+
+    @property
+    def vocab_size(self) -> int:
+        """The words, begin and end."""
+        return 2 + len(self.words)
+
+    @functools.cached_property
+    def _ids(self) -> dict[str, int]:
+        return {word: id_ for id_, word in enumerate(self.words, start=2)}
+
+    def encode(self, text: str) -> list[int]:
+        """Place of each word in the set; ValueError for a word that is not in it."""
+        try:
+            return [self._ids[word] for word in text.split()]
+        except KeyError as error:
+            raise ValueError(
+                f"word {error.args[0]!r} is not among the {len(self.words)} words of the tokenizer; leave it out, or "
+                "train with a text that has it"
+            ) from None
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, " tokens"]]:
+        """The same for many texts."""
+        return [np.array(self.encode(text), np.int32) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The words, with one space between."""
+        return " ".join(self.words[id_ - 2] for id_ in ids if 2 <= id_ < self.vocab_size)
+
+    def save(self, folder: pathlib.Path | str) -> None:
+        """Write what load_tokenizer reads."""
+        _save_own(folder, {"kind": "words", "words": self.words, "adds_bos": self.adds_bos})
+
+
 def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le"), np.uint32)
 
@@ -206,6 +252,8 @@ def load_tokenizer(folder: pathlib.Path | str) -> Tokenizer:
             return ByteTokenizer(adds_bos=entries["adds_bos"])
         if entries["kind"] == "char with ends":
             return char_with_ends(entries["characters"])
+        if entries["kind"] == "words":
+            return WordTokenizer(words=tuple(entries["words"]), adds_bos=entries["adds_bos"])
         return CharTokenizer(characters=entries["characters"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{own} is not a tokenizer: {error!r}; it was damaged after it was written") from None
@@ -218,6 +266,8 @@ def fingerprint(tokenizer: Tokenizer) -> str:
             content = tokenizer.tokenizer.to_str()
         case CharTokenizer():
             content = "char" + tokenizer.characters
+        case WordTokenizer():
+            content = "words " + " ".join(tokenizer.words)
         case _:
             content = "byte"
     rules = (content, tokenizer.bos_id, tokenizer.eos_id, tokenizer.adds_bos)

@@ -1,27 +1,24 @@
-"""Look at what a model does.
+"""Judge a model: look at what it does, and measure it.
 
+    python -m evals attention MODEL "TEXT" --out page.html                    every head's map, as a page and pictures
+    python -m evals attention MODEL "TEXT" --out page.html --from it --to animal   and which heads tie two words
     python -m evals translation RUN --source FILE --reference FILE [--by-length]   BLEU and chrF of a run's translations
+    python -m evals digits RUN [--out FILE.png]     pictures never seen: told apart; digits: drawn, beside real ones
+    python -m evals speech RUN                      clips never heard: told apart
 
 Nothing heavy is imported before the command line is understood.
 """
 
 import argparse
-import json
-import pathlib
 import sys
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, NoReturn
+from collections.abc import Sequence
+from typing import NoReturn
 
-from inference.config import BeamConfig
-from inference.location import check_translation, locate
+from evals.attention_command import ATTENTION
+from evals.modalities_command import DIGITS, SPEECH
+from evals.translation_command import TRANSLATION
 
-
-class Verb(NamedTuple):
-    """Something to be asked."""
-
-    help: str
-    add: Callable[[argparse.ArgumentParser], None]  # its arguments
-    run: Callable[[argparse.Namespace], int]  # -> exit status
+VERBS = {"attention": ATTENTION, "translation": TRANSLATION, "digits": DIGITS, "speech": SPEECH}
 
 
 class Parser(argparse.ArgumentParser):
@@ -54,78 +51,6 @@ def _parser() -> Parser:
     for name, verb in VERBS.items():
         verb.add(verbs.add_parser(name, help=verb.help, description=verb.help, allow_abbrev=False))
     return top
-
-
-def _add_translation(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="RUN", help="the run folder of an encoder–decoder")
-    for option, what in (("--source", "lines to translate"), ("--reference", "what they mean, line by line")):
-        parser.add_argument(option, required=True, type=pathlib.Path, metavar="FILE", help=f"{what}; UTF-8, or .gz")
-    parser.add_argument("--beam", type=int, default=5, metavar="N", help="beams of the search, 1 is greedy; default 5")
-    parser.add_argument(
-        "--length-penalty", type=float, default=1.0, metavar="X",
-        help="a translation's score is its log-probability over its length to this power; default 1",
-    )  # fmt: skip
-    parser.add_argument("--by-length", action="store_true", help="also BLEU by the number of words of the source")
-    parser.add_argument("--out", type=pathlib.Path, metavar="FILE", help="write the translations there, line by line")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-
-
-def _translation(asked: argparse.Namespace) -> int:
-    """BLEU and chrF of a run's translations."""
-    beam, location = BeamConfig(beams=asked.beam, length_penalty=asked.length_penalty), locate(asked.model)
-    if asked.beam == 1 and beam != BeamConfig():
-        raise ValueError("--length-penalty is for a search; give --beam 2 or more")
-    check_translation(location)
-    if asked.out and not asked.out.parent.is_dir():
-        raise ValueError(f"--out {asked.out} is in {asked.out.parent}, which is no folder; make it first")
-    sources, references = _parallel(asked.source, asked.reference)
-    from parallel.platforms import look_only_where_chips_are
-
-    look_only_where_chips_are()
-    from evals.translation import by_length, judged, report
-    from inference.translator import open_translator, translated
-    from parallel.compilation import cache_compilations
-    from parallel.config import AxisRules, MeshConfig
-    from parallel.mesh import make_mesh
-
-    cache_compilations()
-    import jax
-
-    translator, rules = open_translator(location.path), AxisRules()
-    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    found = translated(translator, translator.load(mesh, rules), mesh, rules, sources, beam=beam)
-    texts = [one.text for one in found]
-    if asked.out:
-        asked.out.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
-    judgement = judged(texts, references, lower=translator.lower)
-    buckets = by_length(sources, texts, references, lower=translator.lower) if asked.by_length else []
-    if asked.json:
-        record = judgement._asdict() | {"by_length": [one._asdict() for one in buckets]}
-        print(json.dumps(record, ensure_ascii=False))
-    else:
-        print("\n".join(report(judgement, buckets)))
-    return 0
-
-
-def _parallel(source: pathlib.Path, reference: pathlib.Path) -> tuple[list[str], list[str]]:
-    """The lines of both files; ValueError where they do not belong together."""
-    from data.pairs import read_lines
-
-    for option, path in (("--source", source), ("--reference", reference)):
-        if not path.is_file():
-            raise ValueError(f"{option} {path} is no file; give text, a sentence a line")
-    sources, references = read_lines(source), read_lines(reference)
-    if len(sources) != len(references):
-        raise ValueError(
-            f"{source} has {len(sources)} lines and {reference} has {len(references)}; line n of one must be the "
-            "translation of line n of the other"
-        )
-    if not sources:
-        raise ValueError(f"{source} has 0 lines; give at least 1 to translate")
-    return sources, references
-
-
-VERBS = {"translation": Verb("BLEU and chrF of a run's translations", _add_translation, _translation)}
 
 
 if __name__ == "__main__":

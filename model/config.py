@@ -67,7 +67,7 @@ class ModelConfig:
     out_bias: bool = False  # bias on attention's output projection
     ffn_bias: bool = False  # biases in the FFN
     gated: bool = True  # FFN is down(act(gate) * up) rather than down(act(up))
-    activation: Literal["silu", "gelu_tanh", "gelu", "relu_squared"] = "silu"  # the FFN's nonlinearity
+    activation: Literal["silu", "gelu_tanh", "gelu", "relu", "relu_squared"] = "silu"  # the FFN's nonlinearity
     query_scale: float | None = None  # multiplies q·k; None means 1/sqrt(H)
     attention_softcap: float | None = None  # attention logits become cap * tanh(logits / cap)
     final_softcap: float | None = None  # so do the output logits

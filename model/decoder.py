@@ -56,7 +56,7 @@ class Block(nnx.Module):
             return x + (y if self.ffn_post_norm is None else self.ffn_post_norm(y)), memory, aux
 
 
-def _stack(make: Callable[[Key], nnx.Module], keys: Key) -> Any:
+def stacked(make: Callable[[Key], nnx.Module], keys: Key) -> Any:
     """One module whose every parameter has a leading L: layer l is made from keys[l]."""
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(keys[0])))
     return nnx.merge(graphdef, jax.vmap(lambda key: nnx.state(make(key)))(keys))
@@ -78,7 +78,7 @@ class Decoder(nnx.Module):
         embedding, head, layers = jax.random.split(key, 3)
         keys = jax.random.split(layers, config.num_layers)
         self.embedding = Embedding(config, embedding)
-        first, make = config.num_dense_layers, _stack if config.scan_layers else _list
+        first, make = config.num_dense_layers, stacked if config.scan_layers else _list
         self.dense_layers = make(lambda key: Block(config, key, dense=True), keys[:first]) if first else nnx.data(None)
         self.layers = make(lambda key: Block(config, key, dense=not config.num_experts), keys[first:])
         self.norm = Norm(config, config.embed_dim)

@@ -22,6 +22,31 @@ def visible(
     return mask if window is None else mask & (distance < window)
 
 
+def attention_weights(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    mask: Bool[Array, "B T S"],
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> Float[Array, "B N T S"]:
+    """How much each query takes of each key (arXiv:2305.13245), in float32; one that sees nothing takes all alike."""
+    *_, K, _ = k.shape
+    q_BTKGH = rearrange(q, "B T (K G) H -> B T K G H", K=K)
+    logits = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k, preferred_element_type=jnp.float32) * scale
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    weights = jax.nn.softmax(jnp.where(mask[:, None, None], logits, -1e30), axis=-1)
+    return rearrange(weights, "B K G T S -> B (K G) T S")
+
+
+def weighted(weights: Float[Array, "B N T S"], v: Float[Array, "B S K H"]) -> Float[Array, "B T N H"]:
+    """The values, mixed as the weights say; N/K query heads share each head of values."""
+    *_, K, _ = v.shape
+    weights_BKGTS = rearrange(weights.astype(v.dtype), "B (K G) T S -> B K G T S", K=K)
+    return rearrange(jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v), "B T K G H -> B T (K G) H")
+
+
 def attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
@@ -31,16 +56,8 @@ def attention(
     scale: float,
     softcap: float | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Grouped-query attention (arXiv:2305.13245), softmax in float32; a query that sees nothing returns the mean."""
-    *_, K, _ = k.shape
-    q_BTKGH = rearrange(q, "B T (K G) H -> B T K G H", K=K)
-    logits = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k, preferred_element_type=jnp.float32) * scale
-    if softcap is not None:
-        logits = softcap * jnp.tanh(logits / softcap)
-    logits = jnp.where(mask[:, None, None], logits, -1e30)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v)
-    return rearrange(out, "B T K G H -> B T (K G) H")
+    """Grouped-query attention, softmax in float32; a query that sees nothing returns the mean."""
+    return weighted(attention_weights(q, k, mask, scale=scale, softcap=softcap), v)
 
 
 def grouped_matmul(

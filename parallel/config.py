@@ -61,15 +61,22 @@ class AxisRules:
     act_ffn: MeshAxes = "tensor"  # F of activations
     act_vocab: MeshAxes = "tensor"  # V of logits
     layers: MeshAxes = "pipe"  # L
-    embed: MeshAxes = ("fsdp", "expert", "context")  # D of parameters
+    embed: MeshAxes = ("fsdp", "expert", "context")  # D of parameters, and U where a product takes a state in
     heads: MeshAxes = "tensor"  # N and K of parameters
     head: MeshAxes = None  # H
     rank: MeshAxes = None  # R of low-rank projections
     ffn: MeshAxes = "tensor"  # F of parameters
     vocab: MeshAxes = "tensor"  # V of the embedding tables
+    recurrent: MeshAxes = "tensor"  # U of a cell's gates
+    act_recurrent: MeshAxes = "tensor"  # U of a state where its gates are computed
+    gates: MeshAxes = None  # G of a cell
     experts: MeshAxes = "expert"  # E
     expert_embed: MeshAxes = ("fsdp", "context")  # D of the experts' parameters
     expert_ffn: MeshAxes = "tensor"  # F of the experts' parameters
+
+    def with_whole_rows(self) -> "AxisRules":
+        """The rules for rows that are not split further between blocks: of pairs, whose lengths change by the batch."""
+        return dataclasses.replace(self, residual_seq=self.seq)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

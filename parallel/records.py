@@ -29,7 +29,7 @@ def keys(record, section: str = "") -> Iterator[Key]:
     """Every value below a record, in the order of its source: `train.steps`, `model.rope_scaling.kind`, …"""
     for name, annotation in typing.get_type_hints(type(record)).items():
         path, value = section + name, getattr(record, name)
-        if is_record(annotation):
+        if is_record(value):
             yield from keys(value, path + ".")
         else:
             yield Key(path=path, annotation=annotation, value=value)
@@ -96,6 +96,11 @@ def checked(annotation, value, path: str) -> Any:
     if typing.get_origin(annotation) is tuple and isinstance(value, list | tuple):
         return tuple(checked(args[0], item, f"{path}.{index}") for index, item in enumerate(value))
     if is_union(annotation):
+        records = [arm for arm in args if is_record(arm)]
+        if records and isinstance(value, dict):  # the record that has the most of these names
+            return from_dict(
+                max(records, key=lambda arm: len(value.keys() & typing.get_type_hints(arm))), value, path + "."
+            )
         for arm in args:
             try:
                 return checked(arm, value, path)

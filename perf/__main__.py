@@ -312,7 +312,7 @@ def _simulate(asked: argparse.Namespace) -> int:
 
         asked.words = [asked.model]
         run = _run(asked)
-        model = with_assumed_vocabulary(run.model, run.data)
+        model = with_assumed_vocabulary(*decoder_of(run))
     else:
         model = forecast.shape_of(asked.model)
     result, _ = forecast.run(model, config)
@@ -591,7 +591,7 @@ def _work(run):
     from perf.aot import Work, with_assumed_vocabulary
 
     return Work(
-        model=with_assumed_vocabulary(run.model, run.data),
+        model=with_assumed_vocabulary(*decoder_of(run)),
         mesh=run.mesh,
         rules=run.rules,
         execution=run.execution,

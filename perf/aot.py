@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from data import packing
 from data.config import DataConfig
 from data.tokenizer import ByteTokenizer
 from inference import steps as serving
@@ -36,9 +37,9 @@ from perf import hlo, memory
 from perf.hlo import Collective
 from training.config import OptimConfig, TrainConfig
 from training.feed import Feed
-from training.loop import with_vocabulary
 from training.state import TrainState, abstract_state
 from training.step import make_steps
+from training.subject import with_vocabulary
 
 Step = Literal["train", "prefill", "decode"]
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -147,7 +148,8 @@ def train_sizes(work: Work, mesh: Mesh) -> dict[str, int]:
 
 def _train(work: Work, mesh: Mesh) -> tuple[jax.stages.Lowered, dict[str, int], int]:
     steps, shapes = train_state(work, mesh)
-    batch: Any = Feed(steps.batch, (work.train.batch_size, work.train.seq_len)).abstract()
+    feed = Feed(steps.batch, packing.Batch, ((work.train.batch_size, work.train.seq_len),))
+    batch = next(feed.abstract())
     held = memory.training(work.model, work.train, mesh, work.rules, shapes, steps.state)
     arguments = memory.device_bytes(shapes, steps.state) + sum(memory.leaf_bytes(x, x.sharding) for x in batch)
     return steps.train.lower(located(shapes, steps.state), batch), held, arguments

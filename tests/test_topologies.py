@@ -33,7 +33,7 @@ CASES = [
 
 
 def work_of(run: RunConfig) -> Work:
-    model = aot.with_assumed_vocabulary(run.model, run.data)
+    model = aot.with_assumed_vocabulary(*decoder_of(run))
     return Work(model=model, mesh=run.mesh, rules=run.rules, execution=run.execution, optim=run.optim, train=run.train)
 
 

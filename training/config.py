@@ -12,7 +12,9 @@ class OptimConfig:
 
     name: Literal["adamw", "adafactor", "lion", "muon"] = "adamw"  # which optax rule
     peak_lr: float = 3e-4  # learning rate after warm-up
-    schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"  # after warm-up; wsd: flat, then linear decay
+    schedule: Literal["cosine", "wsd", "linear", "constant", "inverse_sqrt"] = (
+        "cosine"  # after warm-up; wsd: flat, then linear decay; inverse_sqrt: Vaswani's, peak_lr √(warmup / step)
+    )
     warmup_steps: int = 100  # steps from 0 to peak_lr
     decay_fraction: float = 0.2  # share of the steps that wsd decays over
     final_lr_ratio: float = 0.1  # learning rate at the last step / peak_lr
@@ -42,10 +44,12 @@ class TrainConfig:
     loss: Literal["tokens", "vocabulary"] = "tokens"  # logits made in parts of T, or twice in parts of V (less memory)
     loss_chunk: int = 512  # logits of a part: of so many tokens of each row, or of so many entries of V
     z_loss: float = 0.0  # weight of log(Z)^2, which keeps logits from drifting
+    label_smoothing: float = 0.0  # share of a target's probability that is spread over all of V (arXiv:1512.00567)
     eval_every: int = 100  # steps between evaluations
     eval_batches: int = 0  # validation batches per evaluation; 0 is all of them
     save_every: int = 200  # steps between checkpoints
     keep: int = 3  # checkpoints kept
+    patience: int = 0  # evaluations in a row without a better BLEU after which a translation run ends; 0 is none
     max_skipped: int = 10  # the run stops after this many non-finite steps in a row
     sample_prompt: str = "\n"  # text continued at each evaluation
     sample_tokens: int = 100  # tokens sampled at each evaluation; 0 samples none
@@ -53,4 +57,5 @@ class TrainConfig:
     def __post_init__(self):
         counts = "steps batch_size seq_len accumulate loss_chunk eval_every save_every keep max_skipped"
         require(self, "train", counts, low=1)
-        require(self, "train", "z_loss eval_batches sample_tokens", low=0)
+        require(self, "train", "z_loss eval_batches sample_tokens patience", low=0)
+        require(self, "train", "label_smoothing", low=0, high=0.9)

@@ -1,7 +1,9 @@
 """A run's folder: its config, who trains in it, and that nothing of another run is overwritten. Knows no arrays.
 
 runs/<name>/config.json     the resolved config
-runs/<name>/tokenizer …     what the model's tokens mean
+runs/<name>/tokenizer …     what the model's tokens mean; of pairs also source_tokenizer where there are two,
+runs/<name>/test.source …   test.target: the pairs that were kept apart, and
+runs/<name>/best/           the parameters of the best evaluation by BLEU
 runs/<name>/metrics.jsonl, events/, loss.png, samples.txt
 runs/<name>/checkpoints/    see parallel/checkpoint.py
 runs/<name>/lock            held by the process that trains; of several by the first, which alone writes here
@@ -121,8 +123,9 @@ def check_config(folder: pathlib.Path, config: dict[str, Any]) -> dict[str, tupl
     if not (folder / "config.json").exists() or not has_begun(folder):
         return {}
     changed = differences(json.loads((folder / "config.json").read_text()), json.loads(json.dumps(config)))
-    if changed.get("model.vocab_size", (0, None))[1] == 0:  # "the tokenizer's", which the folder's config has resolved
-        changed.pop("model.vocab_size", None)
+    for size in ("model.vocab_size", "model.source_vocab_size"):
+        if changed.get(size, (0, None))[1] == 0:  # "the tokenizer's", which the folder's config has resolved
+            changed.pop(size, None)
     free = {key: pair for key, pair in changed.items() if any(f"{key}.".startswith(f"{start}.") for start in FREE)}
     other = [f"{key} is {old} there and {new} here" for key, (old, new) in changed.items() if key not in free]
     if other:

@@ -24,8 +24,13 @@ class Journal:
         self._log.write({"step": step, "eval_loss": loss})
         self._progress.say(f"step {step}/{self._steps}  eval loss {loss:.4f}")
 
+    def scored(self, step: int, bleu: float) -> None:
+        """The score of the validation pairs."""
+        self._log.write({"step": step, "eval_bleu": bleu})
+        self._progress.say(f"step {step}/{self._steps}  eval BLEU {bleu:.2f}")
+
     def wrote(self, step: int, text: str) -> None:
-        """What the model wrote, after its prompt."""
+        """What the model wrote."""
         with open(self._folder / "samples.txt", "a", encoding="utf-8") as file:
             file.write(f"=== step {step}\n{text}\n\n")
 

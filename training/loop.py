@@ -5,7 +5,6 @@ the next one is loaded while it runs.
 """
 
 import contextlib
-import dataclasses
 import functools
 import json
 import math
@@ -20,11 +19,8 @@ import jax
 from jax.sharding import Mesh
 
 from data import pipeline
-from data.config import DataConfig
-from data.packing import Batch
-from model import cost
-from model.config import ModelConfig
-from model.parameters import abstract
+from data.config import DataConfig, PairsConfig
+from model.parameters import Shape, abstract, num_parameters
 from parallel import checkpoint, hosts
 from parallel.checkpoint import Checkpoint, Checkpoints
 from parallel.compilation import cache_compilations
@@ -39,10 +35,14 @@ from training.feed import Feed, Loaded
 from training.interruption import Interruption, noted
 from training.journal import Journal
 from training.state import TrainState, abstract_state, create_state
-from training.step import Steps, make_steps
+from training.step import BATCHES, Steps, make_steps
+from training.subject import Pairs, Subject, Text, prepare
 
 # sample(model, parameters, tokenizer, prompt=…, num_tokens=…, seed=…) -> text; `model.vocab_size` is resolved.
 SampleFn = Callable[..., str]
+# score(model, parameters, corpus) -> BLEU of the validation pairs, and the translations it is of.
+ScoreFn = Callable[..., tuple[float, list[str]]]
+SHOWN = 3  # translations in a sample
 ROUTED = ("max_load", "unused")  # how evenly experts are used, where the model has some
 
 
@@ -52,31 +52,48 @@ class Task(NamedTuple):
     folder: pathlib.Path
     config: dict[str, Any]  # the run as plain data
     seed: int
-    model: ModelConfig  # with its vocabulary
+    model: Shape  # with its vocabulary
     schedule: TrainConfig
     mesh: Mesh
     steps: Steps
-    corpus: pipeline.Corpus
+    subject: Subject
     sample: SampleFn | None
+    score: ScoreFn | None
 
     @property
     def feed(self) -> Feed:
         """How its batches lie on the devices."""
-        return Feed(self.steps.batch, (self.schedule.batch_size, self.schedule.seq_len))
+        return Feed(self.steps.batch, BATCHES[type(self.model)], self.subject.shapes(self.schedule))
 
     @property
     def flops_per_token(self) -> float:
         """Of the model, forward and backward."""
-        return cost.train_flops(self.model, self.schedule.seq_len)
+        return self.subject.train_flops(self.model, self.schedule)
 
     def write_text(self, parameters: Any) -> str | None:
         """What a model of these parameters writes, where the run wants to see some."""
-        if self.sample is None or self.schedule.sample_tokens == 0:
+        if self.sample is None or self.schedule.sample_tokens == 0 or not isinstance(self.subject, Text):
             return None
         prompt, num_tokens = self.schedule.sample_prompt, self.schedule.sample_tokens
-        return self.sample(
-            self.model, parameters, self.corpus.tokenizer, prompt=prompt, num_tokens=num_tokens, seed=self.seed
-        )
+        tokenizer = self.subject.corpus.tokenizer
+        text = self.sample(self.model, parameters, tokenizer, prompt=prompt, num_tokens=num_tokens, seed=self.seed)
+        return prompt + text
+
+    def judge(self, parameters: Any) -> tuple[float, str] | None:
+        """BLEU of the validation pairs, and some of its translations, where the run learns to translate."""
+        if self.score is None or not isinstance(self.subject, Pairs) or not self.subject.corpus.valid_texts:
+            return None
+        bleu, found = self.score(self.model, parameters, self.subject.corpus)
+        pairs = zip(self.subject.corpus.valid_texts[:SHOWN], found, strict=False)
+        return bleu, "\n".join(f"{source}\n    {target}\n    {answer}" for (source, target), answer in pairs)
+
+
+class Best(NamedTuple):
+    """The best evaluation of a translation run so far."""
+
+    bleu: float = -1.0
+    step: int = 0
+    since: int = 0  # evaluations after it
 
 
 class Start(NamedTuple):
@@ -84,8 +101,9 @@ class Start(NamedTuple):
 
     step: int  # steps done
     state: TrainState
-    loader: pipeline.TrainLoader
+    loader: Any
     first: Loaded
+    best: Best
 
 
 class Running(NamedTuple):
@@ -101,9 +119,10 @@ class Loop:
 
     def __init__(self, task: Task, start: Start):
         self.task = task
-        self.step, self.state, self.loader, self._next = start
+        self.step, self.state, self.loader, self._next, self.best = start
         self.journal = Journal(task.folder, start=start.step, steps=task.schedule.steps) if hosts.is_first() else None
         self.checkpoints = Checkpoints(task.folder / "checkpoints", keep=task.schedule.keep)
+        self.best_kept = Checkpoints(task.folder / "best", keep=1) if task.score else None  # parameters alone
         self.stop_reason: str | None = None  # the signal that ended it before its last step
         self._saved, self._cursor = self.step, {}
         self._running: Running | None = None
@@ -112,7 +131,7 @@ class Loop:
     def run(self, interruption: Interruption, *, once_started: Callable[[], object]) -> None:
         """Step, evaluate and save as scheduled until the last step, or until interrupted; then save."""
         schedule, first = self.task.schedule, self.step + 1
-        while self.step < schedule.steps:
+        while self.step < schedule.steps and not is_settled(self.best, schedule):
             self.stop_reason = hosts.stop_reason(self.step, lambda: interruption.name)
             if self.stop_reason:
                 break
@@ -126,6 +145,8 @@ class Loop:
                 self.save()
         self.save()
         self.checkpoints.wait()
+        if self.best_kept:
+            self.best_kept.wait()
 
     def advance(self) -> None:
         """Start the next step, load the batch after it, and only then look at the step before it."""
@@ -147,7 +168,10 @@ class Loop:
             self._report(running)
 
     def evaluate(self) -> None:
-        """Measure the loss of the validation text and let the model write some; averaged parameters where kept."""
+        """Measure the loss of the validation text and let the model write some; averaged parameters where kept.
+
+        A model that translates is measured by its translations, too, and its best parameters are kept.
+        """
         self.settle()
         task = self.task
         parameters = self.state.parameters if self.state.ema is None else self.state.ema
@@ -157,13 +181,26 @@ class Loop:
             self.journal.evaluated(self.step, nll / tokens)
         text = task.write_text(parameters)  # by all devices together
         if text is not None and self.journal:
-            self.journal.wrote(self.step, task.schedule.sample_prompt + text)
+            self.journal.wrote(self.step, text)
+        judged = task.judge(parameters)
+        if judged is not None:
+            self._judged(*judged, parameters)
+
+    def _judged(self, bleu: float, text: str, parameters: Any) -> None:
+        """Note a score; keep the parameters where it is the best."""
+        if self.journal:
+            self.journal.scored(self.step, bleu)
+            self.journal.wrote(self.step, text)
+        is_best = bleu > self.best.bleu
+        self.best = Best(bleu, self.step) if is_best else self.best._replace(since=self.best.since + 1)
+        if is_best and self.best_kept:
+            self.best_kept.save(self.step, {"parameters": parameters}, {"bleu": bleu})
 
     def save(self) -> None:
         """Write a checkpoint of this step in the background, where there is none yet."""
         self.settle()
         if self.step != self._saved:
-            note = {"config": self.task.config, "cursor": self._cursor}
+            note = {"config": self.task.config, "cursor": self._cursor, "best": self.best._asdict()}
             self.checkpoints.save(self.step, self.state, note)
             self._saved = self.step
 
@@ -174,10 +211,9 @@ class Loop:
         self.loader.close()
 
     @functools.cached_property
-    def valid(self) -> list[Batch]:
+    def valid(self) -> list[Any]:
         """The validation text, this process's rows of it."""
-        (batch_size, seq_len), part = self.task.feed.shape, self.task.feed.rows()
-        return pipeline.valid_batches(self.task.corpus, batch_size, seq_len, self.task.schedule.eval_batches, part)
+        return self.task.subject.valid(self.task.schedule, self.task.feed.rows)
 
     @functools.cached_property
     def _peak(self) -> float:
@@ -217,42 +253,46 @@ def train(
     *,
     config: dict[str, Any],
     seed: int,
-    model: ModelConfig,
+    model: Shape,
     mesh: MeshConfig,
     rules: AxisRules,
     execution: ExecutionConfig,
-    data: DataConfig,
+    data: DataConfig | PairsConfig,
     optim: OptimConfig,
     schedule: TrainConfig,
     sample: SampleFn | None,
+    score: ScoreFn | None = None,
 ) -> int:
     """Train until done or interrupted; -> exit status 0. Whatever else ends a run is a ValueError or an OSError.
 
     `folder` is runs/<name>; training/folder.py says what it holds. `config` is the run as plain data: written there
-    with model.vocab_size resolved, and what is there already is only continued with the same.
+    with the vocabulary's sizes resolved, and what is there already is only continued with the same.
     """
     cache_compilations()
     run_folder.check_same(config)
     pipeline.import_grain()
     with run_folder.held(folder), noted() as interruption, ThreadPoolExecutor(2) as pool:
         moved = run_folder.check_config(folder, config) if hosts.is_first() else {}
-        preparing = pool.submit(pipeline.prepare, data, seed=seed)
+        preparing = pool.submit(prepare, data, seed=seed)
         found = checkpoint.newest(folder / "checkpoints", lambda line: say(line, file=sys.stderr))
         if found is not None and found.step == schedule.steps:
             say(f"{folder} is finished: all {found.step} steps are done; give name=NAME for a new run")
             return 0
-        grid, corpus = make_mesh(mesh), preparing.result()
-        check_corpus(corpus)
-        model = with_vocabulary(model, corpus.tokenizer.vocab_size)
-        if sample is not None and schedule.sample_tokens:
-            check_prompt(schedule.sample_prompt, corpus, model)
-        config = {**config, "model": {**config["model"], "vocab_size": model.vocab_size}}
+        if found is not None and is_settled(Best(**found.note.get("best", {})), schedule):
+            say(f"{folder} is finished: BLEU has not risen for train.patience={schedule.patience} evaluations")
+            return 0
+        grid, subject = make_mesh(mesh), preparing.result()
+        check_corpus(subject.corpus.key)
+        model = subject.resolved(model)
+        if sample is not None and schedule.sample_tokens and isinstance(subject, Text):
+            check_prompt(schedule.sample_prompt, subject.corpus, model)
+        config = {**config, "model": {**config["model"], **sizes(model)}}
         steps = make_steps(model, optim, schedule, grid, rules, execution)
-        task = Task(folder, config, seed, model, schedule, grid, steps, corpus, sample)
+        task = Task(folder, config, seed, model, schedule, grid, steps, subject, sample, score)
         say(*opening(task, found, moved))
         start = made_start(task, found, rules, optim, pool)
         if hosts.is_first():
-            corpus.tokenizer.save(folder / "tokenizer")
+            subject.save(folder)
             run_folder.write(folder / "config.json", json.dumps(config, indent=2))
         with contextlib.closing(Loop(task, start)) as loop:
             loop.run(interruption, once_started=lambda: pool.submit(get_ready, loop))
@@ -268,28 +308,26 @@ def say(*lines: str, file: Any = None) -> None:
         print(*lines, sep="\n", file=file, flush=True)
 
 
-def check_corpus(corpus: pipeline.Corpus) -> None:
+def is_settled(best: Best, schedule: TrainConfig) -> bool:
+    """Whether no better score is to be expected."""
+    return 0 < schedule.patience <= best.since
+
+
+def sizes(model: Shape) -> dict[str, int]:
+    """The vocabulary's, by the names of their fields."""
+    return {name: getattr(model, name) for name in ("vocab_size", "source_vocab_size") if hasattr(model, name)}
+
+
+def check_corpus(key: str) -> None:
     """Raise ValueError where this process has read another text than the first one."""
-    if hosts.agreed("corpus", corpus.key) != corpus.key:
+    if hosts.agreed("corpus", key) != key:
         raise ValueError(
             f"process {hosts.index()} reads another text than process 0 from data.path; "
             "give all hosts the same files, or a folder that they share"
         )
 
 
-def with_vocabulary(model: ModelConfig, num_tokens: int) -> ModelConfig:
-    """The model with a vocabulary: the tokenizer's, rounded up, where none is set; ValueError where it is too small."""
-    if model.vocab_size == 0:
-        return dataclasses.replace(model, vocab_size=num_tokens + -num_tokens % 64)
-    if model.vocab_size < num_tokens:
-        raise ValueError(
-            f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's {num_tokens} tokens; "
-            f"raise it to at least {num_tokens}, or give 0 to take the tokenizer's"
-        )
-    return model
-
-
-def check_prompt(prompt: str, corpus: pipeline.Corpus, model: ModelConfig) -> None:
+def check_prompt(prompt: str, corpus: pipeline.Corpus, model: Shape) -> None:
     """Raise ValueError now for a sample_prompt that no evaluation could continue."""
     try:
         length = len(corpus.tokenizer.encode(prompt)) + corpus.tokenizer.adds_bos
@@ -309,9 +347,9 @@ def opening(task: Task, found: Checkpoint | None, moved: dict[str, tuple[Any, An
     yield (
         f"{task.mesh.size} {kind} device{'s' * (task.mesh.size > 1)}"
         f"{f' of {hosts.count()} processes' * (hosts.count() > 1)}, {f'mesh {shape}, ' * bool(shape)}"
-        f"{cost.num_parameters(task.model):,} parameters, {task.flops_per_token:,.0f} FLOPs a token"
+        f"{num_parameters(task.model):,} parameters, {task.flops_per_token:,.0f} FLOPs a token"
     )
-    yield from task.corpus.describe()
+    yield from task.subject.describe(task.schedule)
     if found is not None:
         yield f"going on after step {found.step} of {task.schedule.steps}, from {found.path}"
     told = {key: pair for key, pair in moved.items() if key not in ("name", "out") and key[:6] != "hosts."}
@@ -326,13 +364,10 @@ def made_start(
     """The state made or restored, while the step compiles and the first batch is loaded."""
     steps, ema = task.steps, optim.ema_decay > 0
     shapes = located(abstract_state(task.model, steps.optimizer, ema=ema), steps.state)
-    compiling = pool.submit(lambda: steps.train.lower(shapes, task.feed.abstract()).compile())
-    loader = pipeline.TrainLoader(
-        task.corpus,
-        batch_size=task.schedule.batch_size,
-        seq_len=task.schedule.seq_len,
-        part=task.feed.rows(),
-    )
+    compiling = [
+        pool.submit(lambda batch=batch: steps.train.lower(shapes, batch).compile()) for batch in task.feed.abstract()
+    ]
+    loader = task.subject.loader(task.schedule, task.feed.rows)
     if found is not None:
         loader.restore(found.note["cursor"])
     loading = pool.submit(task.feed.load, loader)
@@ -340,8 +375,10 @@ def made_start(
         state = create_state(task.model, steps.optimizer, task.mesh, rules, ema=ema, seed=task.seed)
     else:
         state = checkpoint.load(found, shapes)
-    compiling.result()
-    return Start(0 if found is None else found.step, state, loader, loading.result()._replace(data_wait=0.0))
+    for program in compiling:
+        program.result()
+    first, best = loading.result()._replace(data_wait=0.0), Best(**found.note.get("best", {})) if found else Best()
+    return Start(0 if found is None else found.step, state, loader, first, best)
 
 
 def get_ready(loop: Loop) -> None:
@@ -351,8 +388,8 @@ def get_ready(loop: Loop) -> None:
     if loop.journal:
         metrics.prepare()
     checkpoint.prepare()
-    if loop.valid:
-        steps.evaluate.lower(parameters, loop.task.feed.abstract()).compile()
+    for batch in loop.task.feed.abstract() if loop.valid else ():
+        steps.evaluate.lower(parameters, batch).compile()
 
 
 def ending(loop: Loop) -> str:
@@ -360,5 +397,10 @@ def ending(loop: Loop) -> str:
     steps, folder = loop.task.schedule.steps, loop.task.folder
     if loop.step == steps:
         return f"done: {steps} steps; {folder}"
+    if is_settled(loop.best, loop.task.schedule):
+        return (
+            f"done after {loop.step} of {steps} steps: BLEU has been highest, {loop.best.bleu:.2f}, at step "
+            f"{loop.best.step}; {folder}"
+        )
     saved = f"checkpoint saved in {folder}" if loop.step else "nothing to save yet"
     return f"interrupted by {loop.stop_reason} at step {loop.step} of {steps}, {saved}; the same command goes on"

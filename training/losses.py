@@ -204,6 +204,27 @@ def _chosen(logits: Float[Array, "B T V"], targets: Int[Array, "B T"], table: Ar
     return _over_all(jax.lax.psum, jnp.where(is_mine[:, :, None], chosen, 0)) if manual_axes("vocab") else chosen
 
 
+def smoothing(
+    hidden: Float[Array, "B T D"],
+    unembedding: Float[Array, "V D"],
+    targets: Int[Array, "B T"],
+    mask: Float[Array, "B T"],
+) -> Float[Array, ""]:
+    """What label smoothing by ε adds to the cross-entropy, without ε: the sum over tokens of (target's - mean) logit.
+
+    (1 - ε) (-log p_y) + ε mean_v(-log p_v) = -log p_y + ε (logit_y - mean_v logit_v), arXiv:1512.00567, section 7. So
+    no second pass over V is needed: the mean logit is that of the mean row of the table. Uncapped logits are meant.
+    """
+    V, _ = unembedding.shape
+    parts = num_parts(manual_axes("vocab"))
+    mine, is_mine = my_rows(targets, unembedding)
+    table = unembedding.astype(jnp.float32)
+    rows = jnp.where(is_mine[..., None], jnp.take(table, mine, axis=0), 0) - jnp.sum(table, axis=0)[None, None] / (
+        V * parts
+    )
+    return jnp.sum(jnp.sum(hidden.astype(jnp.float32) * rows, axis=-1) * mask) * parts
+
+
 def _zero_loss() -> Loss:
     return Loss(jnp.float32(0), jnp.float32(0))
 

@@ -25,6 +25,7 @@ def learning_rate(config: OptimConfig, *, total_steps: int) -> optax.Schedule:
         "linear": optax.linear_schedule(peak, last, rest),
         "wsd": optax.linear_schedule(peak, last, decay_steps, transition_begin=max(rest - decay_steps, 0)),
         "constant": optax.constant_schedule(peak),
+        "inverse_sqrt": lambda step: peak * jnp.sqrt(max(warmup, 1) / (max(warmup, 1) + step)),
     }[config.schedule]
     return optax.join_schedules([optax.linear_schedule(peak / (warmup + 1), peak, warmup), after], [warmup])
 

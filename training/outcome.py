@@ -7,12 +7,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from data.packing import Batch
+from data.pair_batches import PairBatch
 from model.config import ModelConfig
 from model.decoder import Decoder
+from model.dropout import Seeds
 from model.moe import Aux
+from model.seq2seq import Seq2Seq
 from parallel.sharding import num_copies, whole
 from training.config import TrainConfig
-from training.losses import Loss, chunked_token_loss, vocabulary_loss
+from training.losses import Loss, chunked_token_loss, smoothing, vocabulary_loss
 
 Scale = float | Float[Array, ""]  # one over the number of tokens for a mean, 1 for a sum
 
@@ -44,11 +47,22 @@ def batch_outcome(
     decoder: Decoder, hidden: Float[Array, "B T D"], batch: Batch, how: TrainConfig, *, scale: Scale
 ) -> Outcome:
     """Cross-entropy of hidden states, `scale` times its sum over tokens."""
+    return _outcome(hidden, decoder.unembedding, batch, how, softcap=decoder.config.final_softcap, scale=scale)
+
+
+def pair_outcome(model: Seq2Seq, batch: PairBatch, seeds: Seeds | None, how: TrainConfig, *, scale: Scale) -> Outcome:
+    """Cross-entropy of the targets of pairs, likewise."""
+    return _outcome(model.forward(batch, seeds), model.unembedding, batch, how, softcap=None, scale=scale)
+
+
+def _outcome(hidden, table, batch: Batch | PairBatch, how: TrainConfig, *, softcap: float | None, scale: Scale):
     with jax.named_scope("loss"):
-        share = jnp.asarray(batch.mask) * scale / num_copies()
-        arrays = hidden, decoder.unembedding, jnp.asarray(batch.targets), share
-        loss: Loss = LOSSES[how.loss](*arrays, how.loss_chunk, decoder.config.final_softcap, how.z_loss)
-    return Outcome(*loss, None)
+        share, targets = jnp.asarray(batch.mask) * scale / num_copies(), jnp.asarray(batch.targets)
+        loss: Loss = LOSSES[how.loss](hidden, table, targets, share, how.loss_chunk, softcap, how.z_loss)
+        total = loss.total
+        if how.label_smoothing:
+            total += how.label_smoothing * smoothing(hidden, whole(table, ("vocab", "embed")), targets, share)
+    return Outcome(total, loss.nll, None)
 
 
 def expert_losses(aux: Aux | None, config: ModelConfig, scale: Scale) -> Float[Array, ""]:

@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from model import parameters
-from model.config import ModelConfig
+from model.parameters import Shape
 from parallel.config import AxisRules
 
 
@@ -28,7 +28,7 @@ class TrainState:
 
 
 def create_state(
-    model: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, rules: AxisRules, *, ema: bool, seed: int
+    model: Shape, optimizer: optax.GradientTransformation, mesh: Mesh, rules: AxisRules, *, ema: bool, seed: int
 ) -> TrainState:
     """The state before the first step, each array made where it stays; equal on every mesh."""
     run, init = jax.jit(lambda: tuple(jax.random.split(jax.random.key(seed))))()  # one program to compile, not four
@@ -38,7 +38,7 @@ def create_state(
     return finish(params, run)
 
 
-def abstract_state(model: ModelConfig, optimizer: optax.GradientTransformation, *, ema: bool) -> TrainState:
+def abstract_state(model: Shape, optimizer: optax.GradientTransformation, *, ema: bool) -> TrainState:
     """Shapes and types of the state; computes nothing."""
     return jax.eval_shape(
         lambda params: _state(params, optimizer, ema, jax.random.key(0)), parameters.abstract(model).shapes
@@ -46,7 +46,7 @@ def abstract_state(model: ModelConfig, optimizer: optax.GradientTransformation, 
 
 
 def state_shardings(
-    model: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, rules: AxisRules, *, ema: bool
+    model: Shape, optimizer: optax.GradientTransformation, mesh: Mesh, rules: AxisRules, *, ema: bool
 ) -> TrainState:
     """Sharding of every array of the state: moments like their parameters, scalars and factors on every device.
 

@@ -13,10 +13,14 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from data.packing import Batch
+from data.pair_batches import PairBatch
 from model import parameters
 from model.config import ModelConfig, with_kernels
+from model.dropout import Seeds, mixed
 from model.memory import GatheredKV, Memory, Packed, Queries, Ring
 from model.moe import updated_bias, utilisation
+from model.parameters import Shape
+from model.seq2seq_config import Seq2SeqConfig
 from parallel.compilation import CPU_OPTIONS
 from parallel.config import AxisRules, ExecutionConfig
 from parallel.peak import require_fp8
@@ -25,25 +29,26 @@ from parallel.sharding import axes_of, everywhere, manual_axes, num_copies, spec
 from training import pipelined
 from training.config import OptimConfig, TrainConfig
 from training.optimizer import learning_rate, make_optimizer
-from training.outcome import Outcome, Scale, batch_outcome
+from training.outcome import Outcome, Scale, batch_outcome, pair_outcome
 from training.state import TrainState, state_shardings
 
 Metrics = dict[str, Float[Array, ""]]
 PLAIN = ExecutionConfig()
+BATCHES: dict[type, Any] = {ModelConfig: Batch, Seq2SeqConfig: PairBatch}
 
 
 class Steps(NamedTuple):
     """What a run calls again and again."""
 
     optimizer: optax.GradientTransformation
-    train: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]  # jitted; donates the state
-    evaluate: Callable[[Any, Batch], Metrics]  # jitted; parameters and a batch -> sums of nll and tokens
+    train: Callable[[TrainState, Any], tuple[TrainState, Metrics]]  # jitted; donates the state
+    evaluate: Callable[[Any, Any], Metrics]  # jitted; parameters and a batch -> sums of nll and tokens
     state: TrainState  # shardings
     batch: NamedSharding  # of every [B, T] array of a batch
 
 
 def make_steps(
-    model: ModelConfig,
+    model: Shape,
     optim: OptimConfig,
     train: TrainConfig,
     mesh: Mesh,
@@ -52,35 +57,43 @@ def make_steps(
 ) -> Steps:
     """Compile-ready train and eval steps for one run; raises ValueError where the mesh does not divide the model."""
     platform = mesh.devices.flat[0].platform
-    check_host_memory(model, platform)
     options = CPU_OPTIONS if platform == "cpu" and mesh.size > 1 else None
-    model = with_kernels(model, platform)
-    if model.matmul == "fp8":
-        require_fp8(mesh.devices.flat[0])
+    if isinstance(model, ModelConfig):
+        check_host_memory(model, platform)
+        model = with_kernels(model, platform)
+        if model.matmul == "fp8":
+            require_fp8(mesh.devices.flat[0])
+    else:
+        rules = rules.with_whole_rows()
     names = parameters.abstract(model).names
     optimizer = make_optimizer(optim, names, total_steps=train.steps)
     shardings = state_shardings(model, optimizer, mesh, rules, ema=optim.ema_decay > 0)
     batch = NamedSharding(mesh, spec(("batch", "seq"), rules, mesh))
     schedule = learning_rate(optim, total_steps=train.steps)
-    batches: Any = Batch._make([batch] * len(Batch._fields))
+    kind = BATCHES[type(model)]
+    batches: Any = kind._make([batch] * len(kind._fields))
     specs = jax.tree.map(lambda sharding: sharding.spec, (shardings.parameters, batches))
+    specs = (*specs, spec(("batch",), rules, mesh))
     plan = Plan(model, train, execution, names)
 
     def by_device(compute: Callable, out: Any) -> Callable:
-        """`compute(parameters, batch, plan)` as a program of one device, with its part of both."""
+        """`compute(parameters, batch, seeds, plan)` as a program of one device, with its part of all."""
 
-        def local(params, batch: Batch):
+        def local(params, batch, seeds: Seeds | None):
             with use(mesh, rules, manual=True):
-                return compute(params, batch, plan)
+                return compute(params, batch, seeds, plan)
 
         mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)
-        return lambda params, batch: mapped(_dealt(params, plan, mesh), _in_ring_order(batch, plan, mesh, rules))
+        return lambda params, batch, seeds=None: mapped(
+            _dealt(params, plan, mesh), _in_ring_order(batch, plan, mesh, rules), seeds
+        )
 
-    loads = P(spec(("layers",), rules, mesh)[0]) if model.num_experts else None
+    loads = P(spec(("layers",), rules, mesh)[0]) if isinstance(model, ModelConfig) and model.num_experts else None
     gradients = by_device(_gradients, (Outcome._make((P(), P(), loads)), P(), specs[0]))
 
-    def train_step(state: TrainState, batch: Batch):
-        told, tokens, grads = gradients(state.parameters, batch)
+    def train_step(state: TrainState, batch):
+        seeds = _row_seeds(state, batch.tokens.shape[0]) if isinstance(model, Seq2SeqConfig) and model.dropout else None
+        told, tokens, grads = gradients(state.parameters, batch, seeds)
         grads = _dealt(grads, plan, mesh, back=True)
         if told.load is not None:
             told = told._replace(load=_dealt({"layers": told.load}, plan, mesh, back=True)["layers"])
@@ -113,7 +126,7 @@ def check_host_memory(model: ModelConfig, platform: str) -> None:
 class Plan(NamedTuple):
     """What a step computes, and how."""
 
-    model: ModelConfig
+    model: Any  # a Shape
     train: TrainConfig
     execution: ExecutionConfig
     names: Any  # tree of the parameters' logical names
@@ -127,7 +140,13 @@ def _dealt(params: Any, plan: Plan, mesh: Mesh, *, back: bool = False) -> Any:
     return {**params, "layers": pipelined.dealt(params["layers"], plan.model, ranks, repeats, back=back)}
 
 
-def _in_ring_order(batch: Batch, plan: Plan, mesh: Mesh, rules: AxisRules) -> Batch:
+def _row_seeds(state: TrainState, num_rows: int) -> Seeds:
+    """Seeds of this step's rows, for dropout: the same wherever a row is."""
+    key = jax.random.key_data(state.key).reshape(-1)[-1] + state.step.astype(jnp.uint32) * jnp.uint32(0x9E3779B9)
+    return mixed(mixed(key)[None] + jnp.arange(num_rows, dtype=jnp.uint32))
+
+
+def _in_ring_order(batch: Any, plan: Plan, mesh: Mesh, rules: AxisRules) -> Any:
     """Columns in an order that gives every device of a ring as much to do (parallel/ring_attention.py)."""
     parts = math.prod(mesh.shape[axis] for axis in axes_of(rules.seq))
     if parts == 1 or plan.execution.context != "ring":
@@ -159,9 +178,11 @@ def _cast(params: Any, plan: Plan) -> Any:
     return jax.tree.map(lambda w, names: w.astype(dtype) if is_cast(names) else w, params, plan.names)
 
 
-def _share(params: Any, batch: Batch, plan: Plan, *, scale: Scale) -> Outcome:
+def _share(params: Any, batch: Any, seeds: Seeds | None, plan: Plan, *, scale: Scale) -> Outcome:
     """This device's share of the loss of a batch whose documents cannot see each other, `scale` times its sum."""
     model, train, execution, _ = plan
+    if isinstance(model, Seq2SeqConfig):
+        return pair_outcome(parameters.seq2seq(model, params), batch, seeds, train, scale=scale)
     if manual_axes("layers"):
         memory = _memory(plan)
         return pipelined.outcome(params, batch, model, train, execution, memory=memory, scale=scale)
@@ -171,36 +192,37 @@ def _share(params: Any, batch: Batch, plan: Plan, *, scale: Scale) -> Outcome:
     return batch_outcome(decoder, hidden, batch, train, scale=scale).plus(aux, model, scale)
 
 
-def _evaluated(params: Any, batch: Batch, plan: Plan) -> Metrics:
-    told = _share(_cast(params, plan), batch, plan, scale=1.0)
+def _evaluated(params: Any, batch: Any, seeds: None, plan: Plan) -> Metrics:
+    told = _share(_cast(params, plan), batch, seeds, plan, scale=1.0)
     return _summed({"nll": told.nll, "tokens": jnp.sum(batch.mask) / num_copies()})
 
 
-def _gradients(params: Any, batch: Batch, plan: Plan) -> tuple[Outcome, Float[Array, ""], Any]:
+def _gradients(params: Any, batch: Any, seeds: Seeds | None, plan: Plan) -> tuple[Outcome, Float[Array, ""], Any]:
     """-> mean loss, number of tokens, gradients; the batch in `accumulate` parts, one after the other, if asked."""
     tokens = jnp.maximum(_summed(jnp.sum(batch.mask) / num_copies()), 1.0)
     low = _cast(params, plan)
 
-    def part(batch: Batch) -> tuple[Outcome, Any]:
-        model, train, execution, _ = plan
+    def part(rows: tuple[Any, Seeds | None]) -> tuple[Outcome, Any]:
+        (batch, seeds), (model, train, execution, _) = rows, plan
         if manual_axes("layers") and execution.pipeline == "1f1b":
             return pipelined.gradients(low, batch, model, train, execution, memory=_memory(plan), scale=1 / tokens)
 
         def share(low):
-            told = _share(low, batch, plan, scale=1 / tokens)
+            told = _share(low, batch, seeds, plan, scale=1 / tokens)
             return told.total, told
 
         (_, told), grads = jax.value_and_grad(share, has_aux=True)(low)
         return told, grads
 
     if plan.train.accumulate == 1:
-        told, grads = part(batch)
+        told, grads = part((batch, seeds))
     else:
-        parts = jax.tree.map(lambda x: x.reshape(-1, plan.train.accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+        split = lambda x: x.reshape(-1, plan.train.accumulate, *x.shape[1:]).swapaxes(0, 1)  # noqa: E731
+        parts = jax.tree.map(split, (batch, seeds))
         shapes, _ = jax.eval_shape(part, jax.tree.map(lambda x: x[0], parts))
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (shapes, params))
         add = lambda total, fresh: total + fresh.astype(total.dtype)  # noqa: E731
-        told, grads = jax.lax.scan(lambda sums, batch: (jax.tree.map(add, sums, part(batch)), None), zero, parts)[0]
+        told, grads = jax.lax.scan(lambda sums, rows: (jax.tree.map(add, sums, part(rows)), None), zero, parts)[0]
     load = None if told.load is None else _summed(told.load, ("layers",))
     told = Outcome(_summed(told.total), _summed(told.nll), load)
     return told, tokens, jax.tree.map(summed_gradient, grads, plan.names)
@@ -244,7 +266,7 @@ def _updated(
 
 def _balanced(params: Any, told: Outcome, plan: Plan) -> Any:
     """Parameters with the routers' biases moved towards evenly used experts, where the model balances by them."""
-    if not plan.model.router_bias_rate or told.load is None:
+    if told.load is None or not plan.model.router_bias_rate:
         return params
     ffn = params["layers"]["ffn"]
     ffn = {**ffn, "router_bias": updated_bias(ffn["router_bias"], told.load, plan.model.router_bias_rate)}

@@ -11,7 +11,8 @@ from data import sources, survey
 from data.cache import TokenCache
 from data.config import DataConfig, SourceConfig
 from data.corpus import Corpus, prepare
-from data.tokenizer import ByteTokenizer, CharTokenizer, HuggingFaceTokenizer, train_bpe
+from data.sources import Document
+from data.tokenizer import ByteTokenizer, CharTokenizer, HuggingFaceTokenizer, WordTokenizer, train_bpe
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon"]
 
@@ -233,7 +234,8 @@ def test_a_damaged_index_is_made_anew(room):
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("byte", ByteTokenizer), ("char", CharTokenizer), ("bpe", HuggingFaceTokenizer)]
+    ("name", "kind"),
+    [("byte", ByteTokenizer), ("char", CharTokenizer), ("words", WordTokenizer), ("bpe", HuggingFaceTokenizer)],
 )
 def test_the_tokenizer_is_the_one_asked_for_and_comes_back(name, kind, room):
     settings = config(room, tokenizer=name, bpe_vocab=300)
@@ -278,7 +280,10 @@ def test_a_document_counts_once_in_a_mixture(room):
     ("settings", "message"),
     [
         ({"min_chars": 1000}, "leaves no document to train on: 40 documents, 0.0 MB, 40 dropped: shorter than"),
-        ({"tokenizer": "no/where"}, "tokenizer 'no/where' is not bpe, byte, char, nor an existing folder or file"),
+        (
+            {"tokenizer": "no/where"},
+            "tokenizer 'no/where' is not bpe, byte, char, words, nor an existing folder",
+        ),
         ({"path": "no/where"}, "data.path=no/where does not exist; give stdlib, a text file or folder"),
     ],
 )
@@ -295,6 +300,22 @@ def test_one_document_cannot_be_held_out(room):
         ValueError, match=r"needs at least 2 documents to hold one out, .*one.txt has 1; set data.split"
     ):
         prepare(config(room, path=str(room / "one.txt"), split="document"), seed=0)
+
+
+def test_words_are_never_cut(room):
+    with pytest.raises(ValueError, match=r"data.split=tail cuts a text to hold out its end; set data.split=document"):
+        prepare(config(room, tokenizer="words", split="tail"), seed=0)
+
+
+def test_documents_of_one_origin_stay_on_one_side(room, monkeypatch):
+    """Both texts of each of 20 things, in sources that say what a thing is."""
+    made = [Document("", f"{order} {thing}", origin=str(thing)) for thing in range(20) for order in ("one", "two")]
+    for module in (survey, corpus_module):
+        monkeypatch.setattr(module, "read_with_progress", lambda source, what: iter(made))
+    corpus = prepare(config(room, tokenizer="words", valid_fraction=0.25), seed=0)
+    train, valid = both(corpus)
+    assert (len(train), len(valid)) == (30, 10)
+    assert not {text.split()[1] for text in train} & {text.split()[1] for text in valid}
 
 
 def test_a_text_that_changes_while_it_is_read_is_refused(room, monkeypatch):

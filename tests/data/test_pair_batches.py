@@ -187,9 +187,9 @@ def test_no_pair_that_fits_is_refused(corpus):
 
 
 def test_a_bucket_longer_than_the_rows_is_refused(corpus):
-    with pytest.raises(ValueError, match=r"pairs.buckets has 12, more than train.seq_len=10"):
+    with pytest.raises(ValueError, match=r"data.buckets has 12, more than train.seq_len=10"):
         take(corpus, 1, seq_len=10)
-    with pytest.raises(ValueError, match=r"pairs.buckets has 12, more than train.seq_len=10"):
+    with pytest.raises(ValueError, match=r"data.buckets has 12, more than train.seq_len=10"):
         valid_batches(corpus, 1, 10)
 
 

@@ -227,11 +227,11 @@ def test_holding_out_everything(folder):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"source": "de"}, "pairs.source=de and pairs.target=de are the same; translate between two"),
-        ({"buckets": (16, 8)}, r"pairs.buckets=\(16, 8\) must rise from 2 or more, as 16,24,32 does"),
-        ({"buckets": (1, 8)}, r"pairs.buckets=\(1, 8\) must rise"),
-        ({"buckets": (8, 8)}, r"pairs.buckets=\(8, 8\) must rise"),
-        ({"bpe_vocab": 257}, "pairs.bpe_vocab=257 must be at least 258"),
+        ({"source": "de"}, "data.source=de and pairs.target=de are the same; translate between two"),
+        ({"buckets": (16, 8)}, r"data.buckets=\(16, 8\) must rise from 2 or more, as 16,24,32 does"),
+        ({"buckets": (1, 8)}, r"data.buckets=\(1, 8\) must rise"),
+        ({"buckets": (8, 8)}, r"data.buckets=\(8, 8\) must rise"),
+        ({"bpe_vocab": 257}, "data.bpe_vocab=257 must be at least 258"),
         ({"test_pairs": -1}, "pairs.test_pairs=-1 must be at least 0"),
         ({"examples": 0}, "pairs.examples=0 must be at least 1"),
     ],
@@ -245,5 +245,5 @@ def test_the_longest_row_is_the_last_bucket():
     assert bucket_edges((16, 24), seq_len=40) == (16, 24, 40)
     assert bucket_edges((16, 24), seq_len=24) == (16, 24)
     assert bucket_edges((), seq_len=8) == (8,)
-    with refused("pairs.buckets has 24, more than train.seq_len=16; leave it out, or raise train.seq_len"):
+    with refused("data.buckets has 24, more than train.seq_len=16; leave it out, or raise train.seq_len"):
         bucket_edges((16, 24), seq_len=16)

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers
 
 from data.huggingface_tokenizer import HuggingFaceTokenizer, download_huggingface, load_huggingface
-from data.tokenizer import ByteTokenizer, CharTokenizer, TextStream, fingerprint, load_tokenizer, train_bpe
+from data.tokenizer import (
+    ByteTokenizer,
+    CharTokenizer,
+    TextStream,
+    WordTokenizer,
+    fingerprint,
+    load_tokenizer,
+    train_bpe,
+)
 
 CODE = 'def add(first, second):\n    """Sum."""\n    return first + second  # 1234 + 56\n\n\nadd(1, 2)\n'
 TEXTS = [CODE, "Grüße, 你好 🤗!\n", "it's we'll\tI'd  x", "", " ", "\x1c\x1d tail \n\n  "]
@@ -57,6 +65,25 @@ def test_characters_count_from_zero_in_order():
 def test_an_unknown_character_is_named(character):
     with pytest.raises(ValueError, match=r"at 2 is not among the 2 characters of the tokenizer; leave it out"):
         CharTokenizer(characters="ab").encode("ab" + character)
+
+
+def test_words_count_from_two_in_order():
+    tokenizer = WordTokenizer(words=("7", "class", "image", "p1"))
+    assert tokenizer.encode(" class 7\n image p1 ") == [3, 2, 4, 5]
+    assert tokenizer.decode([0, 3, 2, 4, 5, 1, 6]) == "class 7 image p1"
+    assert [ids.tolist() for ids in tokenizer.encode_batch(["7", ""])] == [[2], []]
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (6, 0, 1)
+
+
+def test_an_unknown_word_is_named():
+    with pytest.raises(ValueError, match=r"^word 'p9' is not among the 2 words of the tokenizer; leave it out, .*$"):
+        WordTokenizer(words=("p1", "p2")).encode("p1 p9 p2")
+
+
+def test_words_come_one_by_one():
+    tokenizer = WordTokenizer(words=("a", "b", "c"))
+    stream = TextStream(tokenizer)
+    assert [stream.push([id_]) for id_ in (2, 3, 0, 4)] + [stream.finish()] == ["a", " b", "", " c", ""]
 
 
 @given(st.text())
@@ -140,11 +167,12 @@ def test_other_tokenizers_have_no_table_of_words(llama):
     assert llama._words is None
 
 
-@pytest.mark.parametrize("name", ["byte", "char", "bpe", "llama"])
+@pytest.mark.parametrize("name", ["byte", "char", "words", "bpe", "llama"])
 def test_a_saved_tokenizer_is_read_back(name, bpe, llama, tmp_path):
     made = {
         "byte": ByteTokenizer(adds_bos=False),
         "char": CharTokenizer(characters="\n aé"),
+        "words": WordTokenizer(words=("a", "é"), adds_bos=False),
         "bpe": bpe,
         "llama": llama,
     }
@@ -158,7 +186,13 @@ def test_a_saved_tokenizer_is_read_back(name, bpe, llama, tmp_path):
 
 
 def test_fingerprints_tell_tokenizers_apart(bpe):
-    some = [ByteTokenizer(), ByteTokenizer(adds_bos=False), CharTokenizer(characters="ab"), bpe]
+    some = [
+        ByteTokenizer(),
+        ByteTokenizer(adds_bos=False),
+        CharTokenizer(characters="ab"),
+        WordTokenizer(words=("ab",)),
+        bpe,
+    ]
     some += [train_bpe([CODE], vocab_size=300), train_bpe([CODE], vocab_size=300, adds_bos=False)]
     assert len({fingerprint(tokenizer) for tokenizer in some}) == len(some)
 
@@ -237,7 +271,7 @@ def test_a_name_that_the_hub_does_not_give_is_one_clear_line(monkeypatch):
         raise ConnectionError("no route\nto anywhere")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(ValueError, match=r"tokenizer 'some/name' is not bpe, byte, char, .*no route\); name a folder"):
+    with pytest.raises(ValueError, match=r"tokenizer 'some/name' is not bpe, byte, char, words, .*no route\); name"):
         download_huggingface("some/name")
 
 

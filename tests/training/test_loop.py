@@ -22,8 +22,8 @@ from parallel.config import MeshConfig
 from parallel.mesh import make_mesh
 from parallel.records import to_dict
 from training import loop, metrics
-from training.loop import with_vocabulary
 from training.state import create_state
+from training.subject import with_vocabulary
 
 TIMINGS = {"tokens_per_second", "mfu", "data_wait"}
 KEYS = ["step", "loss", "grad_norm", "learning_rate", *TIMINGS]

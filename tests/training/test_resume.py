@@ -19,9 +19,9 @@ from parallel import checkpoint
 from parallel.config import AxisRules
 from parallel.mesh import make_mesh
 from training import metrics
-from training.loop import with_vocabulary
 from training.state import abstract_state
 from training.step import make_steps
+from training.subject import with_vocabulary
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS, SAVE_EVERY = 200, 20

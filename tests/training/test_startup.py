@@ -13,9 +13,9 @@ from parallel.checkpoint import Checkpoints
 from parallel.config import AxisRules, MeshConfig
 from parallel.mesh import make_mesh
 from training.feed import Feed
-from training.loop import with_vocabulary
 from training.state import abstract_state, create_state
 from training.step import make_steps
+from training.subject import with_vocabulary
 
 MODEL = with_vocabulary(tiny.model, 258)
 
@@ -61,8 +61,8 @@ def started(mesh: MeshConfig, devices: int, folder: pathlib.Path) -> dict[str, i
     )
     with Count() as restore:
         jax.block_until_ready(checkpoint.load(found, shapes))
-    feed = Feed(steps.batch, (tiny.train.batch_size, tiny.train.seq_len))
-    rows = Batch._make(np.zeros(leaf.shape, leaf.dtype) for leaf in feed.abstract())
+    feed = Feed(steps.batch, Batch, ((tiny.train.batch_size, tiny.train.seq_len),))
+    rows = Batch._make(np.zeros(leaf.shape, leaf.dtype) for leaf in next(feed.abstract()))
     with Count() as place:
         jax.block_until_ready(feed.place(rows))
     return {
