@@ -11,11 +11,9 @@ prefill, and each `step` goes on from a state whose every array begins with B, s
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from data.pair_batches import PairBatch
 from model import rnn, transformer
 from model.decoder import output_logits
 from model.dropout import Seeds, dropout
@@ -39,9 +37,10 @@ class Seq2Seq(nnx.Module):
         self.encoder, self.decoder = kind.Encoder(config, encoder), kind.Decoder(config, decoder)
         self.head = nnx.data(None) if config.tied else matrix(head, (V, D), names, fan_in=D)
 
-    def forward(self, batch: PairBatch, seeds: Seeds | None) -> Float[Array, "B T D"]:
+    def forward(
+        self, source: Int[Array, "B S"], mask: Float[Array, "B S"], tokens: Int[Array, "B T"], seeds: Seeds | None
+    ) -> Float[Array, "B T D"]:
         """Hidden states of known targets, each token knowing those before it; with dropout where rows have seeds."""
-        source, mask, tokens = (jnp.asarray(x) for x in (batch.source, batch.source_mask, batch.tokens))
         x, y = self._embedded(self.source, source, seeds, 0), self._embedded(self.target, tokens, seeds, 100)
         return self.decoder(self.encoder(x, mask, seeds), y, seeds)
 

@@ -52,7 +52,9 @@ def batch_outcome(
 
 def pair_outcome(model: Seq2Seq, batch: PairBatch, seeds: Seeds | None, how: TrainConfig, *, scale: Scale) -> Outcome:
     """Cross-entropy of the targets of pairs, likewise."""
-    return _outcome(model.forward(batch, seeds), model.unembedding, batch, how, softcap=None, scale=scale)
+    source, mask, tokens = (jnp.asarray(x) for x in (batch.source, batch.source_mask, batch.tokens))
+    hidden = model.forward(source, mask, tokens, seeds)
+    return _outcome(hidden, model.unembedding, batch, how, softcap=None, scale=scale)
 
 
 def _outcome(hidden, table, batch: Batch | PairBatch, how: TrainConfig, *, softcap: float | None, scale: Scale):

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data.pair_batches import PairBatch
 from inference import translation
 from inference.config import BeamConfig
 from inference.translation import Program, batches, greedy_answers, searched_answers, translate
@@ -202,7 +201,7 @@ def full_logprobs(config, parameters, source, tokens) -> np.ndarray:
 def forward(parameters, source, mask, tokens, *, config):
     with use(mesh_of(ONE), AxisRules()):
         model = seq2seq(config, parameters)
-        hidden = model.forward(PairBatch(source, mask, tokens, tokens, jnp.ones_like(mask)), None)
+        hidden = model.forward(source, mask, tokens, None)
         return jax.nn.log_softmax(model.logits(hidden))
 
 

@@ -73,7 +73,7 @@ def test_accumulated_parts_are_one_batch():
 def test_smoothing_is_the_cross_entropy_of_smoothed_targets():
     config, batch, share = config_of("additive"), pairs(4), 0.1
     model = parameters.seq2seq(config, weights_of(config))
-    hidden = model.forward(batch, None)
+    hidden = model.forward(*map(jnp.asarray, (batch.source, batch.source_mask, batch.tokens)), None)
     log_p = jax.nn.log_softmax(model.logits(hidden))
     V, mask, targets = log_p.shape[-1], jnp.asarray(batch.mask), jnp.asarray(batch.targets)
     wanted = (1 - share) * jax.nn.one_hot(targets, V) + share / V
