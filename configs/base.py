@@ -159,7 +159,10 @@ def check_splits(run: RunConfig, sizes: dict[str, int]) -> None:
 
 def split_dims(model: ModelConfig | Seq2SeqConfig, train: TrainConfig) -> dict[str, dict[str, int]]:
     """The sizes behind each logical name. A vocabulary of 0 is not known yet, and a multiple of anything."""
-    batch = {"batch": {"train.batch_size / train.accumulate": train.batch_size // train.accumulate}}
+    batch = {
+        "batch": {"train.batch_size / train.accumulate": train.batch_size // train.accumulate},
+        **{"gates": {}, "recurrent": {}},
+    }
     if isinstance(model, Seq2SeqConfig):
         ways = 2 if model.bidirectional else 1
         return batch | {

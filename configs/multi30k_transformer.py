@@ -21,7 +21,7 @@ run = RunConfig(
         head_dim=64,
         ffn_dim=512,
         max_length=64,
-        dropout=0.2,
+        dropout=0.25,
     ),
     data=PairsConfig(path="data/multi30k", bpe_vocab=5000, buckets=(12, 16, 21, 32), test_pairs=1000),
     optim=OptimConfig(
@@ -36,6 +36,6 @@ run = RunConfig(
         ema_decay=0.99,
     ),
     train=TrainConfig(
-        steps=1400, batch_size=64, seq_len=64, label_smoothing=0.1, eval_every=200, save_every=200, patience=4
+        steps=1700, batch_size=64, seq_len=64, label_smoothing=0.1, eval_every=170, save_every=170, patience=5
     ),
 )

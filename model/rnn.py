@@ -40,19 +40,19 @@ class Cell(nnx.Module):
 
     def __init__(self, kind: CellKind, key: Key, *, inputs: int, size: int):
         x, h = jax.random.split(key)
-        G, names = GATES[kind], ("embed", "gates", "recurrent")
-        self.x = matrix(x, (inputs, G, size), names, fan_in=inputs)
-        self.h = matrix(h, (size, G, size), names, fan_in=size)
-        self.x_bias = constant(0.0, (G, size), ("gates", "recurrent"))
-        self.h_bias = constant(0.0, (G, size), ("gates", "recurrent"))
+        J, names = GATES[kind], ("embed", "gates", "recurrent")
+        self.x = matrix(x, (inputs, J, size), names, fan_in=inputs)
+        self.h = matrix(h, (size, J, size), names, fan_in=size)
+        self.x_bias = constant(0.0, (J, size), ("gates", "recurrent"))
+        self.h_bias = constant(0.0, (J, size), ("gates", "recurrent"))
 
-    def gates(self, x: Float[Array, "T B d"]) -> Float[Array, "T B G u"]:
+    def gates(self, x: Float[Array, "T B d"]) -> Float[Array, "T B J u"]:
         """The inputs' share of the gates, biases included, for all tokens at once."""
-        y = einsum("TBD,DGU->TBGU", x, self.x[...], out=("seq", "batch", None, "act_recurrent"))
+        y = einsum("TBD,DJU->TBJU", x, self.x[...], out=("seq", "batch", None, "act_recurrent"))
         return y + self.x_bias[...].astype(y.dtype)[None, None]
 
 
-def advanced(kind: CellKind, gates: Float[Array, "B G u"], back: Float[Array, "B G u"], was: CellState) -> CellState:
+def advanced(kind: CellKind, gates: Float[Array, "B J u"], back: Float[Array, "B J u"], was: CellState) -> CellState:
     """The state after one token: `gates` is the inputs' share, `back` the old state's."""
     if kind == "gru":
         r, z = jnp.split(jax.nn.sigmoid(gates[:, :2] + back[:, :2]), 2, axis=1)
@@ -74,7 +74,7 @@ def whole_state(h: Float[Array, "B u"]) -> Float[Array, "B U"]:
     return relaid(h, INSIDE, OUTSIDE)
 
 
-def blank(kind: CellKind, gates: Float[Array, "T B G u"]) -> CellState:
+def blank(kind: CellKind, gates: Float[Array, "T B J u"]) -> CellState:
     """The state before the first token."""
     _, B, _, u = gates.shape
     return CellState(jnp.zeros((B, u), gates.dtype), jnp.zeros((B, u if kind == "lstm" else 0), gates.dtype))
@@ -154,7 +154,7 @@ class Encoded(NamedTuple):
 
     source: Source
     first: tuple[CellState, ...]  # the decoder's states before the first token, by layer
-    context: Float[Array, "B C"]  # the one vector of the fixed context
+    context: Float[Array, "B U"]  # the one vector of the fixed context
 
 
 class DecoderState(NamedTuple):
@@ -168,7 +168,7 @@ class Told(NamedTuple):
     """What a turn of the decoder gives."""
 
     state: Float[Array, "B U"]  # of the last layer
-    context: Float[Array, "B C"]
+    context: Float[Array, "B U"]
     weights: Float[Array, "B S"]
     hidden: Float[Array, "B D"]  # the attentional state, where it is fed back
 
@@ -179,19 +179,19 @@ class Decoder(nnx.Module):
     def __init__(self, config: Seq2SeqConfig, key: Key):
         self.config = config
         cells, first, context, search, out = jax.random.split(key, 5)
-        D, C, U, L = config.embed_dim, config.context_dim, config.recurrent_dim, config.num_layers
-        G, keys = GATES[config.cell], jax.random.split(cells, L)
+        D, U, L = config.embed_dim, config.recurrent_dim, config.num_layers
+        J, keys = GATES[config.cell], jax.random.split(cells, L)
         self.layers = nnx.List([Cell(config.cell, keys[l], inputs=U if l else D, size=U) for l in range(L)])
-        self.first = nnx.List([matrix(k, (C, U), ("embed", "recurrent"), fan_in=C) for k in jax.random.split(first, L)])
+        self.first = nnx.List([matrix(k, (U, U), ("embed", "recurrent"), fan_in=U) for k in jax.random.split(first, L)])
         reads = config.kind == "fixed" or config.score == "additive"
         self.context = nnx.data(None)
         if reads or config.input_feeding:
-            width = C if reads else D
-            self.context = matrix(context, (width, G, U), ("embed", "gates", "recurrent"), fan_in=width)
+            width = U if reads else D
+            self.context = matrix(context, (width, J, U), ("embed", "gates", "recurrent"), fan_in=width)
         self.search = SoftSearch(config, search) if config.kind == "attention" else nnx.data(None)
         by_state, by_context, by_token = jax.random.split(out, 3)
         self.out_state = matrix(by_state, (U, D), ("embed", "rank"), fan_in=U)
-        self.out_context = matrix(by_context, (C, D), ("embed", "rank"), fan_in=C)
+        self.out_context = matrix(by_context, (U, D), ("embed", "rank"), fan_in=U)
         self.out_token = matrix(by_token, (D, D), ("embed", "rank"), fan_in=D) if reads else nnx.data(None)
         self.out_bias = constant(0.0, (D,), (None,))
 
@@ -202,7 +202,7 @@ class Decoder(nnx.Module):
             source = self.search.source(read.states, read.mask)
         first = []
         for w, end in zip(self.first, read.last, strict=True):
-            h = jnp.tanh(einsum("BC,CU->BU", end.h, w[...], out=INSIDE))
+            h = jnp.tanh(einsum("BU,UV->BV", end.h, w[...], out=INSIDE))
             first.append(CellState(h, relaid(end.c, OUTSIDE, INSIDE) if self.config.cell == "lstm" else end.c))
         return Encoded(source, tuple(first), read.last[-1].h)
 
@@ -251,7 +251,7 @@ class Decoder(nnx.Module):
             context, attended = encoded.context, jnp.zeros_like(encoded.source.mask)
         return self._readout(told.state[:, None], context[:, None], y[:, None])[:, 0], state, attended
 
-    def _gates(self, encoded: Encoded, y: Float[Array, "T B D"]) -> Float[Array, "T B G u"]:
+    def _gates(self, encoded: Encoded, y: Float[Array, "T B D"]) -> Float[Array, "T B J u"]:
         """The first layer's, of the tokens and of a context that does not change."""
         gates = self.layers[0].gates(y)
         if self.config.kind != "fixed":
@@ -259,7 +259,7 @@ class Decoder(nnx.Module):
         assert self.context is not None
         return (
             gates
-            + einsum("BC,CGU->BGU", encoded.context, self.context[...], out=("batch", None, "act_recurrent"))[None]
+            + einsum("BU,UJV->BJV", encoded.context, self.context[...], out=("batch", None, "act_recurrent"))[None]
         )
 
     def _search(self, encoded: Encoded, states: Float[Array, "B T U"]):
@@ -267,7 +267,7 @@ class Decoder(nnx.Module):
         assert self.search is not None
         queries = None
         if self.search.query is not None:
-            queries = einsum("BTU,UA->BTA", states, self.search.query[...], out=("batch", "seq", "rank"))
+            queries = einsum("BTU,UV->BTV", states, self.search.query[...], out=("batch", "seq", "rank"))
         return attend(
             _energy(self.search), encoded.source, states, queries, score=self.config.score, window=self.config.window
         )
@@ -276,9 +276,9 @@ class Decoder(nnx.Module):
         """tanh(W s + C c + E y): what chooses the next token (arXiv:1409.0473, appendix A.2.2; arXiv:1508.04025, 5)."""
         names = ("batch", "seq", "act_embed")
         hidden = einsum("BTU,UD->BTD", state, self.out_state[...], out=names)
-        hidden = hidden + einsum("BTC,CD->BTD", context, self.out_context[...], out=names)
+        hidden = hidden + einsum("BTU,UD->BTD", context, self.out_context[...], out=names)
         if self.out_token is not None:
-            hidden = hidden + einsum("BTE,ED->BTD", y, self.out_token[...], out=names)
+            hidden = hidden + einsum("BTd,dD->BTD", y, self.out_token[...], out=names)
         return jnp.tanh(hidden + self.out_bias[...].astype(hidden.dtype)[None, None])
 
     def _weights(self) -> dict[str, Any]:
@@ -311,24 +311,24 @@ def _energy(search: SoftSearch) -> dict[str, Any]:
     return {} if search.energy is None else {"energy": search.energy[...]}
 
 
-def _turn(config: Seq2SeqConfig, linear: Linear, seen, was: DecoderState, gates: Float[Array, "B G u"]):
+def _turn(config: Seq2SeqConfig, linear: Linear, seen, was: DecoderState, gates: Float[Array, "B J u"]):
     """One token of the decoder."""
-    B, G, u = gates.shape
+    B, J, u = gates.shape
     top = whole_state(was.cells[-1].h)
     context = weights = hidden = jnp.zeros((B, 0), gates.dtype)
 
     def back(l: int, h):
-        return linear(f"h{l}", h).reshape(B, G, u) + seen["biases"][l][1].astype(gates.dtype)[None]
+        return linear(f"h{l}", h).reshape(B, J, u) + seen["biases"][l][1].astype(gates.dtype)[None]
 
     if config.attends_in_scan and config.score == "additive":  # c_t from s_{t-1}, then s_t from c_t
         context, weights = _looked(config, linear, seen, top)
-        gates = gates + linear("context", context).reshape(B, G, u)
+        gates = gates + linear("context", context).reshape(B, J, u)
     if config.input_feeding:
-        gates = gates + linear("context", was.fed).reshape(B, G, u)
+        gates = gates + linear("context", was.fed).reshape(B, J, u)
     cells, x = [], top
     for l, cell in enumerate(was.cells):
         if l:
-            gates = linear(f"x{l}", x).reshape(B, G, u) + seen["biases"][l][0].astype(x.dtype)[None]
+            gates = linear(f"x{l}", x).reshape(B, J, u) + seen["biases"][l][0].astype(x.dtype)[None]
         h = top if l == len(was.cells) - 1 else whole_state(cell.h)
         cells.append(advanced(config.cell, gates, back(l, h), cell))
         x = whole_state(cells[-1].h)

@@ -63,11 +63,6 @@ class Seq2SeqConfig:
         return self.kind == "attention" and (self.score == "additive" or self.input_feeding)
 
     @property
-    def context_dim(self) -> int:
-        """C, width of what the encoder tells of a token."""
-        return self.recurrent_dim if self.is_recurrent else self.embed_dim
-
-    @property
     def layer(self) -> ModelConfig:
         """What a layer of a decoder-only model of these sizes would be: its norms and FFN are ours, too."""
         return ModelConfig(

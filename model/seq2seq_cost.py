@@ -7,28 +7,28 @@ GATES = {"gru": 3, "lstm": 4}
 
 def source_flops(config: Seq2SeqConfig, length: int | float) -> float:
     """FLOPs of the encoder a source token, in a source of so many; what the decoder prepares of it included."""
-    D, U, C, L = config.embed_dim, config.recurrent_dim, config.context_dim, config.num_layers
+    D, U, L = config.embed_dim, config.recurrent_dim, config.num_layers
     if not config.is_recurrent:
         own = L * (_heads(config) + 4 * config.num_heads * config.head_dim * length + 4 * D * config.ffn_dim)
         return own + L * _heads(config) / 2  # keys and values of cross-attention
-    ways, G = 2 if config.bidirectional else 1, GATES[config.cell]
+    ways, J = 2 if config.bidirectional else 1, GATES[config.cell]
     width = U // ways
-    layers = sum(ways * 2 * G * width * ((D if l == 0 else U) + width) for l in range(L))
-    keys = 2 * C * U if config.kind == "attention" and config.score != "dot" else 0
+    layers = sum(ways * 2 * J * width * ((D if l == 0 else U) + width) for l in range(L))
+    keys = 2 * U * U if config.kind == "attention" and config.score != "dot" else 0
     return layers + keys
 
 
 def target_flops(config: Seq2SeqConfig, length: int | float, source: int | float) -> float:
     """FLOPs of the decoder a target token, in a target of so many, of a source of so many; the unembedding included."""
-    D, U, C, L, V = config.embed_dim, config.recurrent_dim, config.context_dim, config.num_layers, config.vocab_size
+    D, U, L, V = config.embed_dim, config.recurrent_dim, config.num_layers, config.vocab_size
     if not config.is_recurrent:
         N, H, keys = config.num_heads, config.head_dim, (length + 1) / 2 + source
         return L * (1.5 * _heads(config) + 4 * N * H * keys + 4 * D * config.ffn_dim) + 2 * V * D
-    G = GATES[config.cell]
-    layers = sum(2 * G * U * ((D if l == 0 else U) + U) for l in range(L))
+    J = GATES[config.cell]
+    layers = sum(2 * J * U * ((D if l == 0 else U) + U) for l in range(L))
     reads = config.kind == "fixed" or config.score == "additive"
-    context = 2 * G * U * (C if reads else D) * (reads or config.input_feeding) * (config.kind != "fixed")
-    readout = 2 * D * (U + C + D * reads)
+    context = 2 * J * U * (U if reads else D) * (reads or config.input_feeding) * (config.kind != "fixed")
+    readout = 2 * D * (2 * U + D * reads)
     return layers + context + readout + _search(config, source) + 2 * V * D
 
 
@@ -41,8 +41,8 @@ def _search(config: Seq2SeqConfig, source: int | float) -> float:
     """Of one soft search: the query, the scores, the context."""
     if config.kind != "attention":
         return 0.0
-    U, C = config.recurrent_dim, config.context_dim
-    return 2 * U * U * (config.score in ("additive", "local")) + 2 * source * (U + C)
+    U = config.recurrent_dim
+    return 2 * U * U * (config.score in ("additive", "local")) + 4 * source * U
 
 
 def train_flops(config: Seq2SeqConfig, source: int | float, target: int | float) -> float:

@@ -25,8 +25,8 @@ HIDDEN = -1e30  # a logit that weighs nothing
 class Source(NamedTuple):
     """What a decoder sees of the sources; every array begins with B."""
 
-    states: Float[Array, "B S C"]  # h
-    keys: Float[Array, "B S A"]  # h as the score takes it
+    states: Float[Array, "B S U"]  # h
+    keys: Float[Array, "B S U"]  # h as the score takes it
     mask: Float[Array, "B S"]  # 1 where a token stands
 
 
@@ -35,24 +35,24 @@ class SoftSearch(nnx.Module):
 
     def __init__(self, config: Seq2SeqConfig, key: Key):
         query, keys, energy = jax.random.split(key, 3)
-        C, U, self.score, self.window = config.context_dim, config.recurrent_dim, config.score, config.window
+        U, self.score, self.window = config.recurrent_dim, config.score, config.window
         names, has_query = ("embed", "rank"), config.score in ("additive", "local")
         self.query = matrix(query, (U, U), names, fan_in=U) if has_query else nnx.data(None)
-        self.keys = matrix(keys, (C, U), names, fan_in=C) if config.score != "dot" else nnx.data(None)
+        self.keys = matrix(keys, (U, U), names, fan_in=U) if config.score != "dot" else nnx.data(None)
         self.energy = matrix(energy, (1, U), (None, "rank"), fan_in=U) if has_query else nnx.data(None)
 
-    def source(self, states: Float[Array, "B S C"], mask: Float[Array, "B S"]) -> Source:
+    def source(self, states: Float[Array, "B S U"], mask: Float[Array, "B S"]) -> Source:
         """What of the score depends on the source alone, once for all steps."""
         keys = states
         if self.keys is not None:
-            keys = einsum("BSC,CA->BSA", states, self.keys[...], out=("batch", "seq", "rank"))
+            keys = einsum("BSU,UV->BSV", states, self.keys[...], out=("batch", "seq", "rank"))
         return Source(states, keys, mask)
 
 
 def attend(
-    search: dict[str, Any], source: Source, states: Float[Array, "B T U"], queries: Float[Array, "B T A"] | None, *,
+    search: dict[str, Any], source: Source, states: Float[Array, "B T U"], queries: Float[Array, "B T U"] | None, *,
     score: str, window: int,
-) -> tuple[Float[Array, "B T C"], Float[Array, "B T S"]]:  # fmt: skip
+) -> tuple[Float[Array, "B T U"], Float[Array, "B T S"]]:  # fmt: skip
     """The contexts of T states of the decoder and the weights α; `queries` are the states through `query`."""
     e = _energies(search, source, states, queries, score)
     mask = source.mask[:, None]
@@ -62,20 +62,20 @@ def attend(
         assert queries is not None
         weights = _local(search, e, queries, mask, window)
     weights = weights.astype(states.dtype)
-    return jnp.einsum("BTS,BSC->BTC", weights, source.states), weights
+    return jnp.einsum("BTS,BSU->BTU", weights, source.states), weights
 
 
 def _energies(search, source: Source, states, queries, score: str) -> Float[Array, "B T S"]:
     """e in float32."""
     if score == "additive":
         bent = jnp.tanh(queries[:, :, None] + source.keys[:, None])
-        return jnp.einsum("BTSA,A->BTS", bent, search["energy"][0].astype(bent.dtype)).astype(jnp.float32)
-    return jnp.einsum("BTA,BSA->BTS", states, source.keys).astype(jnp.float32)
+        return jnp.einsum("BTSU,U->BTS", bent, search["energy"][0].astype(bent.dtype)).astype(jnp.float32)
+    return jnp.einsum("BTU,BSU->BTS", states, source.keys).astype(jnp.float32)
 
 
 def _local(search, e, queries, mask, window: int) -> Float[Array, "B T S"]:
     """α of local-p: softmax inside of the window, bent by a Gaussian whose σ is half of it."""
-    energy = jnp.einsum("BTA,A->BT", jnp.tanh(queries), search["energy"][0].astype(queries.dtype)).astype(jnp.float32)
+    energy = jnp.einsum("BTU,U->BT", jnp.tanh(queries), search["energy"][0].astype(queries.dtype)).astype(jnp.float32)
     center = jnp.sum(mask, axis=-1) * jax.nn.sigmoid(energy)
     distance = jnp.arange(e.shape[-1], dtype=jnp.float32)[None, None] - center[..., None]
     near = (mask > 0) & (jnp.abs(distance) <= window)

@@ -69,7 +69,7 @@ class AxisRules:
     vocab: MeshAxes = "tensor"  # V of the embedding tables
     recurrent: MeshAxes = "tensor"  # U of a cell's gates
     act_recurrent: MeshAxes = "tensor"  # U of a state where its gates are computed
-    gates: MeshAxes = None  # G of a cell
+    gates: MeshAxes = None  # J of a cell
     experts: MeshAxes = "expert"  # E
     expert_embed: MeshAxes = ("fsdp", "context")  # D of the experts' parameters
     expert_ffn: MeshAxes = "tensor"  # F of the experts' parameters

@@ -6,15 +6,16 @@ from typing import Literal
 from parallel.records import require
 
 
+Schedule = Literal["cosine", "wsd", "linear", "constant", "inverse_sqrt"]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """Optimizer, schedule, clipping, averaging."""
 
     name: Literal["adamw", "adafactor", "lion", "muon"] = "adamw"  # which optax rule
     peak_lr: float = 3e-4  # learning rate after warm-up
-    schedule: Literal["cosine", "wsd", "linear", "constant", "inverse_sqrt"] = (
-        "cosine"  # after warm-up; wsd: flat, then linear decay; inverse_sqrt: Vaswani's, peak_lr √(warmup / step)
-    )
+    schedule: Schedule = "cosine"  # after warm-up; wsd: flat, then linear decay; inverse_sqrt: peak_lr √(warmup / step)
     warmup_steps: int = 100  # steps from 0 to peak_lr
     decay_fraction: float = 0.2  # share of the steps that wsd decays over
     final_lr_ratio: float = 0.1  # learning rate at the last step / peak_lr
