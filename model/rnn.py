@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from model.decoder import gathered
 from model.dropout import Seeds, dropout
 from model.layers import Key, constant, matrix
+from model.looks import Looks
 from model.seq2seq_config import CellKind, Seq2SeqConfig
 from model.soft_search import SoftSearch, Source, attend
 from ops.recurrence import Linear, recur
@@ -122,6 +123,10 @@ class Encoder(nnx.Module):
             x = dropout(x, config.dropout, seeds, number + 1)
         return Read(x, tuple(last), mask)
 
+    def looked(self, x: Float[Array, "B S D"], mask: Float[Array, "B S"], seeds: Seeds | None) -> tuple[Read, None]:
+        """The same; a recurrence looks at nothing."""
+        return self(x, mask, seeds), None
+
 
 def read_through(
     kind: CellKind, cell: Cell, x: Float[Array, "B S D"], mask: Float[Array, "B S"], *, reverse: bool
@@ -208,23 +213,29 @@ class Decoder(nnx.Module):
 
     def __call__(self, read: Read, y: Float[Array, "B T D"], seeds: Seeds | None) -> Float[Array, "B T D"]:
         """Hidden states of all tokens of known targets."""
-        own = gathered(self)
-        return dropout(own.hidden(own.encoded(read), y), self.config.dropout, seeds, 101)
+        return self.looked(read, y, seeds)[0]
 
-    def hidden(self, encoded: Encoded, y: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """The same without dropout. What the scan need not wait for comes before or after it."""
+    def looked(self, read: Read, y: Float[Array, "B T D"], seeds: Seeds | None) -> tuple[Float[Array, "B T D"], Looks]:
+        """The same, and what each token looked at."""
+        own = gathered(self)
+        hidden, weights = own.hidden(own.encoded(read), y)
+        looks = Looks() if self.config.kind == "fixed" else Looks(cross=weights[:, None, None])
+        return dropout(hidden, self.config.dropout, seeds, 101), looks
+
+    def hidden(self, encoded: Encoded, y: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Float[Array, "B T S"]]:
+        """Without dropout, and the weights. What the scan need not wait for comes before or after it."""
         config, turn = self.config, functools.partial(_turn, self.config)
         gates = self._gates(encoded, y.swapaxes(0, 1))
         _, told = recur(turn, self._weights(), self._constants(encoded), self.start(encoded, 0), gates)
         told = Told(*(x.swapaxes(0, 1) for x in told))
         if config.input_feeding:
-            return told.hidden
-        context = told.context
+            return told.hidden, told.weights
+        context, weights = told.context, told.weights
         if config.kind == "attention" and not config.attends_in_scan:
-            context, _ = self._search(encoded, told.state)
+            context, weights = self._search(encoded, told.state)
         if config.kind == "fixed":
             context = jnp.broadcast_to(encoded.context[:, None], told.state.shape)
-        return self._readout(told.state, context, y)
+        return self._readout(told.state, context, y), weights
 
     def start(self, encoded: Encoded, length: int) -> DecoderState:
         """Before the first token; a state has room for any length."""

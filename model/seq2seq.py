@@ -18,6 +18,7 @@ from model import rnn, transformer
 from model.decoder import output_logits
 from model.dropout import Seeds, dropout
 from model.layers import Key, look_up, matrix
+from model.looks import Looks
 from model.seq2seq_config import Seq2SeqConfig
 from parallel.sharding import Held
 
@@ -43,6 +44,12 @@ class Seq2Seq(nnx.Module):
         """Hidden states of known targets, each token knowing those before it; with dropout where rows have seeds."""
         x, y = self._embedded(self.source, source, seeds, 0), self._embedded(self.target, tokens, seeds, 100)
         return self.decoder(self.encoder(x, mask, seeds), y, seeds)
+
+    def looks(self, source: Int[Array, "B S"], mask: Float[Array, "B S"], tokens: Int[Array, "B T"]) -> Looks:
+        """What each token of known pairs looks at."""
+        read, own = self.encoder.looked(self._embedded(self.source, source, None, 0), mask, None)
+        _, looks = self.decoder.looked(read, self._embedded(self.target, tokens, None, 100), None)
+        return looks._replace(encoder=own)
 
     def encode(self, source: Int[Array, "B S"], mask: Float[Array, "B S"]) -> Any:
         """The prefill: what the decoder's steps need of the sources; every array begins with B."""

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from model.decoder import gathered, stacked
 from model.dropout import Seeds, dropout
 from model.layers import FeedForward, Key, Norm, matrix
+from model.looks import Looks
 from model.seq2seq_config import Seq2SeqConfig
 from parallel.sharding import einsum
 
@@ -68,11 +69,14 @@ class EncoderLayer(nnx.Module):
         self.attention_norm, self.ffn_norm = Norm(config.layer, config.embed_dim), Norm(config.layer, config.embed_dim)
         self.attention, self.ffn = Heads(config, attention), FeedForward(config.layer, ffn)
 
-    def __call__(self, x: Float[Array, "B S D"], bias, seeds: Seeds | None, site) -> Float[Array, "B S D"]:
+    def __call__(
+        self, x: Float[Array, "B S D"], bias, seeds: Seeds | None, site
+    ) -> tuple[Float[Array, "B S D"], Float[Array, "B N S S"]]:
+        """-> x and the weights of attention."""
         y = self.attention_norm(x)
-        y, _ = self.attention(y, self.attention.keys_values(y), bias)
+        y, weights = self.attention(y, self.attention.keys_values(y), bias)
         x = x + dropout(y, self.dropout, seeds, site)
-        return x + dropout(self.ffn(self.ffn_norm(x)), self.dropout, seeds, site + 1)
+        return x + dropout(self.ffn(self.ffn_norm(x)), self.dropout, seeds, site + 1), weights
 
 
 class DecoderLayer(nnx.Module):
@@ -87,16 +91,16 @@ class DecoderLayer(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "B T D"], before: KeysValues, source: KeysValues, biases, seeds: Seeds | None, site
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B N T S"]]:
+    ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B N T _"], Float[Array, "B N T S"]]]:
         """`before` are this layer's keys and values of the target, those of x included; `source` those of the source.
 
-        -> x and the weights of cross-attention.
+        -> x and the weights of self- and cross-attention.
         """
-        y, _ = self.attention(self.attention_norm(x), before, biases[0])
+        y, own = self.attention(self.attention_norm(x), before, biases[0])
         x = x + dropout(y, self.dropout, seeds, site)
         y, weights = self.cross(self.cross_norm(x), source, biases[1])
         x = x + dropout(y, self.dropout, seeds, site + 1)
-        return x + dropout(self.ffn(self.ffn_norm(x)), self.dropout, seeds, site + 2), weights
+        return x + dropout(self.ffn(self.ffn_norm(x)), self.dropout, seeds, site + 2), (own, weights)
 
     def own(self, x: Float[Array, "B T D"]) -> KeysValues:
         """Keys and values of x for self-attention."""
@@ -162,6 +166,12 @@ class Encoder(nnx.Module):
 
     def __call__(self, x: Float[Array, "B S D"], mask: Float[Array, "B S"], seeds: Seeds | None) -> Read:
         """What the source says, token by token."""
+        return self.looked(x, mask, seeds)[0]
+
+    def looked(
+        self, x: Float[Array, "B S D"], mask: Float[Array, "B S"], seeds: Seeds | None
+    ) -> tuple[Read, Float[Array, "B L N S S"]]:
+        """The same, and what each token looked at."""
         config, bias = self.config, hidden(mask)
         if self.distances is not None:
             places = jnp.arange(x.shape[1])
@@ -170,10 +180,10 @@ class Encoder(nnx.Module):
 
         def body(x, turn):
             state, layer = turn
-            return gathered(nnx.merge(graphdef, state))(x, bias, seeds, 10 + 8 * layer), None
+            return gathered(nnx.merge(graphdef, state))(x, bias, seeds, 10 + 8 * layer)
 
-        x, _ = jax.lax.scan(body, positioned(x, config), (state, jnp.arange(config.num_layers)), unroll=True)
-        return Read(self.norm(x), mask)
+        x, weights = jax.lax.scan(body, positioned(x, config), (state, jnp.arange(config.num_layers)), unroll=True)
+        return Read(self.norm(x), mask), weights.swapaxes(0, 1)
 
 
 def hidden(mask: Float[Array, "B S"]) -> Float[Array, "B 1 1 S"]:
@@ -215,6 +225,10 @@ class Decoder(nnx.Module):
 
     def __call__(self, read: Read, y: Float[Array, "B T D"], seeds: Seeds | None) -> Float[Array, "B T D"]:
         """Hidden states of all tokens of known targets at once."""
+        return self.looked(read, y, seeds)[0]
+
+    def looked(self, read: Read, y: Float[Array, "B T D"], seeds: Seeds | None) -> tuple[Float[Array, "B T D"], Looks]:
+        """The same, and what each token looked at."""
         x, config = positioned(y, self.config), self.config
         places = jnp.arange(x.shape[1])
         biases = self._before(places, places), hidden(read.mask)
@@ -223,11 +237,10 @@ class Decoder(nnx.Module):
         def body(x, turn):
             state, number = turn
             layer = gathered(nnx.merge(graphdef, state))
-            x, _ = layer(x, layer.own(x), layer.cross.keys_values(read.states), biases, seeds, 1010 + 8 * number)
-            return x, None
+            return layer(x, layer.own(x), layer.cross.keys_values(read.states), biases, seeds, 1010 + 8 * number)
 
-        x, _ = jax.lax.scan(body, x, (state, jnp.arange(config.num_layers)), unroll=True)
-        return self.norm(x)
+        x, (own, cross) = jax.lax.scan(body, x, (state, jnp.arange(config.num_layers)), unroll=True)
+        return self.norm(x), Looks(decoder=own.swapaxes(0, 1), cross=cross.swapaxes(0, 1))
 
     def encoded(self, read: Read) -> Encoded:
         """Keys and values of the source for every layer, once for all steps."""
@@ -257,7 +270,7 @@ class Decoder(nnx.Module):
                     for old, new in zip(past, layer.own(x), strict=True)
                 )
             )
-            x, weights = layer(x, now, source, biases, None, 0)
+            x, (_, weights) = layer(x, now, source, biases, None, 0)
             before.append(now)
             told.append(weights[:, :, 0])
         return self.norm(x)[:, 0], DecoderState(tuple(before), state.length + 1), jnp.stack(told, axis=1)

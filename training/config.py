@@ -5,7 +5,6 @@ from typing import Literal
 
 from parallel.records import require
 
-
 Schedule = Literal["cosine", "wsd", "linear", "constant", "inverse_sqrt"]
 
 

@@ -60,6 +60,20 @@ def test_looks_are_a_share_of_the_source(case):
         np.testing.assert_allclose(total, 1, atol=1e-6)
 
 
+def test_reading_a_pair_tells_what_its_writing_looked_at(case):
+    config, weights, batch, _, (_, looks) = case
+    told = parameters.seq2seq(config, weights).looks(*map(jnp.asarray, (batch.source, batch.source_mask, batch.tokens)))
+    if config.kind == "fixed":
+        assert told == (None, None, None)
+    elif config.is_recurrent:
+        np.testing.assert_allclose(told.cross[:, 0, 0], looks, atol=2e-6)
+        assert told.encoder is told.decoder is None
+    else:
+        np.testing.assert_allclose(told.cross, jnp.moveaxis(looks, 1, 3), atol=2e-6)
+        assert np.all(np.triu(np.asarray(told.decoder), 1) == 0)
+        np.testing.assert_allclose(np.sum(told.encoder, axis=-1), 1, atol=1e-6)
+
+
 def test_padding_and_neighbours_change_nothing(case):
     config, weights, batch, hidden, _ = case
     one = jax.tree.map(lambda x: x[1:2], batch)
