@@ -5,14 +5,14 @@ import pathlib
 import sys
 
 from evals.verb import Verb
-from inference.location import KINDS, locate
+from inference.location import KINDS, Location, locate
 
 LONGEST = 64  # tokens of a text whose maps can be read
 
 
 def _add_attention(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=KINDS)
-    parser.add_argument("text", metavar="TEXT", help=f"at most {LONGEST} tokens")
+    parser.add_argument("text", metavar="TEXT", help=f"at most {LONGEST} tokens; a translation run translates it")
     parser.add_argument("--out", required=True, type=pathlib.Path, metavar="PAGE.html", help="the page to write")
     parser.add_argument(
         "--png", type=pathlib.Path, metavar="DIR", help="folder of the pictures; default PAGE_pictures beside the page"
@@ -25,7 +25,7 @@ def _add_attention(parser: argparse.ArgumentParser) -> None:
 
 
 def _attention(asked: argparse.Namespace) -> int:
-    """The maps of a decoder that reads a text."""
+    """The maps of a model that reads a text."""
     location = locate(asked.model)
     folder = asked.png or asked.out.with_name(f"{asked.out.stem}_pictures")
     _check_writable(asked.out, folder)
@@ -33,12 +33,15 @@ def _attention(asked: argparse.Namespace) -> int:
         raise ValueError("--from and --to belong together: the word that looks, and the word that it looks at")
     if asked.top < 1:
         raise ValueError(f"--top {asked.top} must be at least 1; it counts heads")
-    from evals.reading import read
-    from inference.weights import open_model
     from parallel.compilation import cache_compilations
     from parallel.platforms import look_only_where_chips_are
 
     look_only_where_chips_are()
+    if location.kind == "translation":
+        return _alignment(asked, location, folder)
+    from evals.reading import read
+    from inference.weights import open_model
+
     model = open_model(location)
     reading = read(model.tokenizer, asked.text)
     if len(reading.tokens) > LONGEST:
@@ -57,6 +60,27 @@ def _attention(asked: argparse.Namespace) -> int:
         print("\n".join(attention_page.ranking(maps, best)), flush=True)
     lead = f"What {pathlib.Path(model.name).name} looks at, {len(maps)} layers of {len(maps[0].weights)} heads each."
     page.save(asked.out, folder, asked.text, lead, attention_page.sections(maps, pair, top=asked.top))
+    print(f"written to {asked.out}, pictures to {folder}", file=sys.stderr)
+    return 0
+
+
+def _alignment(asked: argparse.Namespace, location: Location, folder: pathlib.Path) -> int:
+    """The maps of an encoder–decoder that translates a text; the translation to stdout."""
+    if asked.query is not None:
+        raise ValueError("--from and --to are for decoder-only models; a translation's page has every head's map")
+    from evals import attention_page, page
+    from evals.translation_maps import translation_maps
+    from inference.translator import open_translator
+    from parallel.compilation import cache_compilations
+
+    cache_compilations()
+    told = translation_maps(open_translator(location.path), asked.text)
+    print(told.translation, flush=True)
+    sections = attention_page.sections(told.cross)
+    for maps, heading in ((told.source, "The source's look at itself"), (told.target, "The translation's")):
+        sections += attention_page.of_itself(maps, heading) if maps else []
+    lead = f"What {location.path.name} looks at in “{asked.text}” while it writes “{told.translation}”."
+    page.save(asked.out, folder, told.translation, lead, sections)
     print(f"written to {asked.out}, pictures to {folder}", file=sys.stderr)
     return 0
 

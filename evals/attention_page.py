@@ -38,6 +38,13 @@ def sections(maps: Sequence[AttentionMap], pair: Pair | None = None, *, top: int
     ]
 
 
+def of_itself(maps: Sequence[AttentionMap], heading: str) -> list[Section]:
+    """A text's look at itself, beside the maps of another: an overview."""
+    words = ("Queries down, keys across: the same tokens.",)
+    name = heading.lower().replace(" ", "_").replace("'", "")
+    return [Section(heading, words, pictures=(_overview(maps, ())._replace(name=name),))]
+
+
 def tied(maps: Sequence[AttentionMap], pair: Pair, found: Sequence[Tie]) -> Section:
     """The ranking of heads, and the first of them drawn large."""
     words = [

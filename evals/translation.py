@@ -23,6 +23,8 @@ class Bucket(NamedTuple):
     """Translations of sources of like length."""
 
     name: str  # words of a source
+    low: int  # the least of them
+    high: int  # and the most
     lines: int
     bleu: float | None  # None where there is no line
 
@@ -63,7 +65,8 @@ def by_length(
         inside = [place for place, length in enumerate(lengths) if low <= length and (not high or length <= high)]
         some = [[texts[place] for place in inside] for texts in (hypotheses, references)]
         name = f"{low}–{high or ''}"
-        found.append(Bucket(name, len(inside), judged(*some, lower=lower).bleu if inside else None))
+        most = high or max(lengths, default=0)
+        found.append(Bucket(name, low, most, len(inside), judged(*some, lower=lower).bleu if inside else None))
     return found
 
 

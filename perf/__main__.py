@@ -4,6 +4,7 @@
     python -m perf shardings CONFIG [key=value ...] [--topology v5e:4x4]   tensor by tensor, collective by collective
     python -m perf plan CONFIG|MODEL [key=value ...] --chip v5p --chips 128  the best meshes, by arithmetic
     python -m perf bench train|prefill|decode                              measured, beside this machine's roof
+    python -m perf bench pairs [--model M] [--peer PYTHON]                 an encoder–decoder's training step, likewise
     python -m perf bench serve [--mix M] [--rate R] [--plot FILE]          requests answered, beside other ways to
     python -m perf simulate CONFIG|MODEL --chip v5e --chips 4 [--rate R]   requests answered on chips that are not here
     python -m perf calibrate [--check]                                     this machine as a chip; how well it predicts
@@ -25,6 +26,7 @@ from collections.abc import Sequence
 from typing import Any
 
 USUAL = {"train": (4, 512), "prefill": (1, 512), "decode": (1, 64)}  # batch, length of a bench
+PAIRS = ("fixed", "additive", "general", "transformer")  # of bench pairs
 MIXES = ("sharegpt", "fixed", "prefix", "chat", "copy")  # of bench serve
 DEFAULT = pathlib.Path(__file__).parents[1] / "configs" / "quickstart.py"
 
@@ -62,10 +64,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     bench = commands.add_parser("bench", help="measure this machine", allow_abbrev=False)
-    kinds = bench.add_subparsers(dest="kind", required=True, metavar="train|prefill|decode|serve")
+    kinds = bench.add_subparsers(dest="kind", required=True, metavar="train|prefill|decode|serve|pairs")
     for kind, (batch, length) in USUAL.items():
         _add_kind(kinds.add_parser(kind, help=f"the {kind} step", allow_abbrev=False), batch, length)
     _add_serve(kinds.add_parser("serve", help="many requests at once", allow_abbrev=False))
+    _add_pairs(kinds.add_parser("pairs", help="the train step of an encoder–decoder", allow_abbrev=False))
 
     soak = commands.add_parser("soak", help="many clients of a server on this machine", allow_abbrev=False)
     soak.add_argument("--url", required=True, help="of the server, such as http://127.0.0.1:8000")
@@ -189,6 +192,16 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
     _add_ends(serve)
 
 
+def _add_pairs(pairs: argparse.ArgumentParser) -> None:
+    """Options of the bench of encoder–decoders."""
+    pairs.add_argument("--model", choices=PAIRS, default="transformer", help="which (default transformer)")
+    pairs.add_argument("--batch", type=_positive, default=96, help="pairs (default 96)")
+    pairs.add_argument("--length", type=_positive, default=24, help="tokens of each side, padding included (24)")
+    pairs.add_argument("--rounds", type=_positive, default=9, help="rounds, of which medians are taken (default 9)")
+    pairs.add_argument("--peer-options", default="", metavar="TEXT", help="more for perf/peers/torch_seq2seq.py")
+    _add_ends(pairs)
+
+
 def _add_simulate(simulate: argparse.ArgumentParser) -> None:
     """Options of the simulator."""
     simulate.add_argument("model", metavar="CONFIG|MODEL", help="a run's .py file, a family, or as for infer.py")
@@ -267,6 +280,14 @@ def _bench(asked: argparse.Namespace) -> int:
     _prepare()
     if asked.kind == "serve":
         return _serve(asked)
+    if asked.kind == "pairs":
+        from perf import bench_pairs
+
+        options = tuple(asked.peer_options.split())
+        sizes = {name: getattr(asked, name) for name in ("model", "batch", "length", "rounds", "peer")}
+        result = bench_pairs.run(bench_pairs.PairsBench(**sizes, peer_options=options), _say)
+        print(json.dumps(result) if asked.json else "\n".join(_lines(result)))
+        return 0
     from perf.bench import BenchConfig, run
 
     config = BenchConfig(

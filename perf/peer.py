@@ -11,7 +11,7 @@ SCRIPTS = pathlib.Path(__file__).parent / "peers"
 class Peer:
     """A process of another interpreter that answers each line with the seconds of one round."""
 
-    def __init__(self, python: str, script: str, ask: dict[str, Any]):
+    def __init__(self, python: str, script: str, ask: Any):
         self._python = python
         command = [python, str(SCRIPTS / script), json.dumps(ask)]
         self._process = subprocess.Popen(

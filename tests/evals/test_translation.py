@@ -40,13 +40,13 @@ def test_long_sources_are_judged_apart_from_short_ones():
     references = ["a b c d e"] * 6
     found = by_length(sources, ["a b c d e"] * 4 + ["x"] * 2, references)
     assert found == [
-        Bucket("1–10", 2, pytest.approx(100)),
-        Bucket("11–15", 2, pytest.approx(100)),
-        Bucket("16–20", 1, 0.0),
-        Bucket("21–", 1, 0.0),
+        Bucket("1–10", 1, 10, 2, pytest.approx(100)),
+        Bucket("11–15", 11, 15, 2, pytest.approx(100)),
+        Bucket("16–20", 16, 20, 1, 0.0),
+        Bucket("21–", 21, 99, 1, 0.0),
     ]
-    assert by_length(["w"], ["a"], ["a"])[3] == Bucket("21–", 0, None)
-    lines = report(judged(references, references), [*found[:1], Bucket("21–", 0, None)])
+    assert by_length(["w"], ["a"], ["a"])[3] == Bucket("21–", 21, 1, 0, None)
+    lines = report(judged(references, references), [*found[:1], Bucket("21–", 21, 99, 0, None)])
     assert lines[0].startswith("BLEU     100.0   nrefs:1")
     assert lines[-2:] == ["1–10              2  100.0", "21–               0      –"]
 

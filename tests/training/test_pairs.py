@@ -22,7 +22,7 @@ from training.step import make_steps
 B, STEPS = 8, 4
 OPTIM = OptimConfig(peak_lr=0.1, warmup_steps=1, eps=1.0, weight_decay=0.01, schedule="constant")
 TRAIN = TrainConfig(steps=STEPS, batch_size=B, seq_len=T, loss_chunk=3, label_smoothing=0.1)
-MESHES = {"data": {"data": 8}, "fsdp": {"data": 1, "fsdp": 8}, "all": {"data": 2, "fsdp": 2, "tensor": 2}}
+MESHES = {"data": {"data": 8}, "all": {"data": 2, "fsdp": 2, "tensor": 2}}
 
 
 def trained(config, mesh, train=TRAIN):
@@ -39,7 +39,7 @@ def trained(config, mesh, train=TRAIN):
     return told, float(held_out["nll"]), jax.device_get(state.parameters)
 
 
-KINDS = ("fixed-lstm-reversed", "additive", "local-fed", "relative")
+KINDS = ("fixed-lstm-reversed", "additive", "relative")
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -1,7 +1,11 @@
-"""Three encoder–decoders in plain PyTorch on the CPU, a training step timed: the peer of ours. Prints one JSON line.
+"""The peer's side of `python -m perf bench pairs … --peer PYTHON`: encoder–decoders in plain PyTorch, a step a line.
 
-python3.11 -m venv parity && parity/bin/pip install torch==2.13.0 numpy
-parity/bin/python docs/benchmarks/peers/torch_seq2seq.py fixed|attention|transformer [--compile] [--logits real]
+Run by the other interpreter (`pip install torch==2.13.0 numpy`) as
+
+    PYTHON perf/peers/torch_seq2seq.py '["transformer", "-B", "96", "--threads", "2"]'
+
+Each line read from stdin starts a training step; its seconds are printed as one line. The shapes are ours:
+docs/benchmarks/lineage.md says what is equal.
 
 Tokens are random, lengths are not: they are spread evenly from (1 - 2 padded) of the longest to the longest, so that
 every batch has the same number of real tokens. Padding changes no result: it is masked or packed away.
@@ -10,7 +14,7 @@ every batch has the same number of real tokens. Padding changes no result: it is
 import argparse
 import json
 import math
-import statistics
+import sys
 import time
 import warnings
 
@@ -76,18 +80,17 @@ class Fixed(nn.Module):
         super().__init__()
         self.embedding, self.dropout = embeddings[1], nn.Dropout(asked.dropout)
         self.encoder = Encoder(asked, embeddings[0], asked.bidirectional)
-        both = nn.Sequential(nn.Linear(2 * asked.U, asked.U), nn.Tanh())
-        self.bridge = both if asked.bidirectional else nn.Identity()
-        self.gru = nn.GRU(asked.D + asked.U, asked.U, batch_first=True)
-        self.readout, self.output = nn.Linear(asked.U, asked.D), Output(asked, embeddings[1])
+        width = 2 * asked.U if asked.bidirectional else asked.U
+        self.bridge = nn.Linear(width, asked.W)
+        self.gru = nn.GRU(asked.D + width, asked.W, batch_first=True)
+        self.readout, self.output = nn.Linear(asked.W + width + asked.D, asked.D), Output(asked, embeddings[1])
 
     def forward(self, batch):
         _, last = self.encoder(batch)
-        context = self.bridge(last)
-        x = self.dropout(self.embedding(batch["inputs"]))
-        x = torch.cat((x, context[:, None].expand(-1, x.shape[1], -1)), -1)
-        states, _ = self.gru(x, context[None])
-        return self.output(self.dropout(self.readout(states)), batch)
+        y = self.dropout(self.embedding(batch["inputs"]))
+        context = last[:, None].expand(-1, y.shape[1], -1)
+        states, _ = self.gru(torch.cat((y, context), -1), torch.tanh(self.bridge(last))[None])
+        return self.output(self.dropout(torch.tanh(self.readout(torch.cat((states, context, y), -1)))), batch)
 
 
 class Additive(nn.Module):
@@ -97,11 +100,12 @@ class Additive(nn.Module):
         super().__init__()
         self.embedding, self.dropout = embeddings[1], nn.Dropout(asked.dropout)
         self.encoder = Encoder(asked, embeddings[0], True)
-        self.bridge = nn.Linear(2 * asked.U, asked.U)
-        self.key, self.query = nn.Linear(2 * asked.U, asked.U), nn.Linear(asked.U, asked.U, bias=False)
-        self.score = nn.Linear(asked.U, 1, bias=False)
-        self.cell = nn.GRUCell(asked.D + 2 * asked.U, asked.U)
-        self.readout, self.output = nn.Linear(3 * asked.U + asked.D, asked.D), Output(asked, embeddings[1])
+        self.bridge = nn.Linear(2 * asked.U, asked.W)
+        self.key, self.query = nn.Linear(2 * asked.U, asked.W), nn.Linear(asked.W, asked.W, bias=False)
+        self.score = nn.Linear(asked.W, 1, bias=False)
+        self.cell = nn.GRUCell(asked.D + 2 * asked.U, asked.W)
+        width = asked.W + 2 * asked.U + asked.D
+        self.readout, self.output = nn.Linear(width, asked.D), Output(asked, embeddings[1])
 
     def forward(self, batch):
         memory, last = self.encoder(batch)
@@ -125,10 +129,10 @@ class General(nn.Module):
         super().__init__()
         self.embedding, self.dropout = embeddings[1], nn.Dropout(asked.dropout)
         self.encoder = Encoder(asked, embeddings[0], True)
-        self.bridge = nn.Linear(2 * asked.U, asked.U)
-        self.gru = nn.GRU(asked.D, asked.U, batch_first=True)
-        self.query = nn.Linear(asked.U, 2 * asked.U, bias=False)
-        self.readout, self.output = nn.Linear(3 * asked.U, asked.D), Output(asked, embeddings[1])
+        self.bridge = nn.Linear(2 * asked.U, asked.W)
+        self.gru = nn.GRU(asked.D, asked.W, batch_first=True)
+        self.query = nn.Linear(asked.W, 2 * asked.U, bias=False)
+        self.readout, self.output = nn.Linear(asked.W + 2 * asked.U, asked.D), Output(asked, embeddings[1])
 
     def forward(self, batch):
         memory, last = self.encoder(batch)
@@ -201,8 +205,8 @@ def draw(asked):
     }
 
 
-def parse():
-    """The command line."""
+def parse(arguments):
+    """What is asked, as a command line has it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=("fixed", "attention", "transformer"))
     parser.add_argument("-B", type=int, default=96, help="rows (default 96)")
@@ -211,6 +215,7 @@ def parse():
     parser.add_argument("-V", type=int, default=6016, help="vocabulary, of each side (default 6016)")
     parser.add_argument("-D", type=int, default=256, help="of embeddings, and of the transformer (default 256)")
     parser.add_argument("-U", type=int, help="of GRU states, per direction (default fixed 512, attention 256)")
+    parser.add_argument("-W", type=int, default=512, help="of the recurrent decoder's states (default 512)")
     parser.add_argument("-N", type=int, default=4, help="heads (transformer; default 4)")
     parser.add_argument("-F", type=int, default=1024, help="of the transformer's hidden layers (default 1024)")
     parser.add_argument("--layers", type=int, default=3, help="of each side of the transformer (default 3)")
@@ -227,11 +232,10 @@ def parse():
     parser.add_argument("--optimizer", choices=("fused", "foreach", "plain"), default="fused", help="form of AdamW")
     parser.add_argument("--compile", action="store_true", help="torch.compile; nn.GRU stays as it is")
     parser.add_argument("--compile-gru", action="store_true", help="… and nn.GRU, unrolled (needs --encoder padded)")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
+    asked = parser.parse_args(arguments)
     if not 0 <= asked.padded < 0.5:
         parser.error(f"--padded must be at least 0 and below 0.5, and is {asked.padded}")
     if asked.U is None:
@@ -243,8 +247,8 @@ def parse():
 
 
 def main():
-    """Build, warm up, time."""
-    asked = parse()
+    """Build, warm up, then one step for each line on stdin."""
+    asked = parse(json.loads(sys.argv[1]))
     warnings.filterwarnings("ignore", message="enable_nested_tensor")
     torch.set_num_threads(asked.threads)
     torch.manual_seed(asked.seed)
@@ -256,47 +260,21 @@ def main():
     form = {"fused": {"fused": True}, "foreach": {"foreach": True}, "plain": {"foreach": False}}[asked.optimizer]
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01, **form)
     batches = [draw(asked) for _ in range(BATCHES)]
-    seconds, busy, start, first = [], [], time.perf_counter(), None
-    for step in range(asked.warmup + asked.steps):
-        began, used = time.perf_counter(), time.process_time()
+
+    def step(number):
         optimizer.zero_grad(set_to_none=True)
-        loss = forward(batches[step % BATCHES])
+        loss = forward(batches[number % BATCHES])
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
-        seconds.append(time.perf_counter() - began)
-        busy.append(time.process_time() - used)
-        first = loss.item() if first is None else first
-        if step + 1 == asked.warmup:
-            warm = time.perf_counter() - start
-    timed = seconds[asked.warmup :]
-    median, best = statistics.median(timed), min(timed)
-    targets = len(batches[0]["real"])
-    tokens = targets + int(batches[0]["lengths"].sum())
-    recurrent = asked.kind != "transformer"
-    shapes = {name: getattr(asked, name) for name in "BSTVD"}
-    shapes |= {"U": asked.U} if recurrent else {"N": asked.N, "F": asked.F, "layers": asked.layers}
-    options = ("untied", "shared", "logits", "padded", "dropout", "optimizer", "compile")
-    options += ("encoder", "compile_gru") if recurrent else ("attention_dropout",)
-    options += {"fixed": ("bidirectional",), "attention": ("attention",)}.get(asked.kind, ())
-    print(json.dumps({
-        "kind": asked.kind,
-        "target_tokens_per_second": round(targets / median, 1),
-        "tokens_per_second": round(tokens / median, 1),
-        "seconds_per_step": round(median, 5),
-        "best_seconds_per_step": round(best, 5),
-        "cpu_seconds_per_step": round(statistics.median(busy[asked.warmup :]), 5),
-        "warmup_seconds": round(warm, 2) if asked.warmup else 0.0,
-        "target_tokens": targets,
-        "tokens": tokens,
-        "steps": asked.steps,
-        "threads": torch.get_num_threads(),
-        "shapes": shapes,
-        "options": {name: getattr(asked, name) for name in options},
-        "num_parameters": sum(p.numel() for p in model.parameters()),
-        "loss": [round(first, 4), round(loss.item(), 4)],
-        "torch": torch.__version__,
-    }))  # fmt: skip
+
+    for number in range(asked.warmup):
+        step(number)
+    print(json.dumps({"ready": f"torch {torch.__version__}"}), flush=True)
+    for number, _ in enumerate(sys.stdin):
+        start = time.perf_counter()
+        step(number)
+        print(time.perf_counter() - start, flush=True)
 
 
 if __name__ == "__main__":
