@@ -5,7 +5,7 @@ from model.seq2seq_config import Seq2SeqConfig
 GATES = {"gru": 3, "lstm": 4}
 
 
-def source_flops(config: Seq2SeqConfig, length: int | float) -> float:
+def source_flops(config: Seq2SeqConfig, length: int | float) -> float | int:
     """FLOPs of the encoder a source token, in a source of so many; what the decoder prepares of it included."""
     D, U, L = config.embed_dim, config.recurrent_dim, config.num_layers
     if not config.is_recurrent:
@@ -18,7 +18,7 @@ def source_flops(config: Seq2SeqConfig, length: int | float) -> float:
     return layers + keys
 
 
-def target_flops(config: Seq2SeqConfig, length: int | float, source: int | float) -> float:
+def target_flops(config: Seq2SeqConfig, length: int | float, source: int | float) -> float | int:
     """FLOPs of the decoder a target token, in a target of so many, of a source of so many; the unembedding included."""
     D, U, L, V = config.embed_dim, config.recurrent_dim, config.num_layers, config.vocab_size
     if not config.is_recurrent:
@@ -37,7 +37,7 @@ def _heads(config: Seq2SeqConfig) -> int:
     return 2 * 4 * config.embed_dim * config.num_heads * config.head_dim
 
 
-def _search(config: Seq2SeqConfig, source: int | float) -> float:
+def _search(config: Seq2SeqConfig, source: int | float) -> float | int:
     """Of one soft search: the query, the scores, the context."""
     if config.kind != "attention":
         return 0.0
@@ -45,6 +45,34 @@ def _search(config: Seq2SeqConfig, source: int | float) -> float:
     return 2 * U * U * (config.score in ("additive", "local")) + 4 * source * U
 
 
-def train_flops(config: Seq2SeqConfig, source: int | float, target: int | float) -> float:
+def train_flops(config: Seq2SeqConfig, source: int | float, target: int | float) -> float | int:
     """FLOPs of training a target token, forward and backward, on pairs of these mean lengths."""
     return 3 * (source_flops(config, source) * source / target + target_flops(config, target, source))
+
+
+def step_weights(config: Seq2SeqConfig) -> int:
+    """Parameters that a decoder's step multiplies by: what it reads of them, however large the batch."""
+    return round((target_flops(config, 0, 0) - (0 if config.is_recurrent else _empty_look(config))) / 2)
+
+
+def _empty_look(config: Seq2SeqConfig) -> float | int:
+    """What `target_flops` counts of attention to the half key of an empty target."""
+    return config.num_layers * 4 * config.num_heads * config.head_dim / 2
+
+
+def step_state(config: Seq2SeqConfig, length: int | float, source: int | float) -> float | int:
+    """Numbers that a decoder's step reads of what one sequence carries: states, or keys and values."""
+    if not config.is_recurrent:
+        return 2 * config.num_layers * config.num_heads * config.head_dim * (length + source)
+    own = config.num_layers * config.recurrent_dim * (2 if config.cell == "lstm" else 1)
+    if config.kind == "fixed":
+        return own + config.recurrent_dim
+    return own + (1 if config.score == "dot" else 2) * source * config.recurrent_dim
+
+
+def step_intensity(
+    config: Seq2SeqConfig, length: int, source: int, *, batch: int, number_bytes: int = 4
+) -> float | int:
+    """FLOPs a byte of a decoder's step of `batch` sequences, `length` tokens after each one's beginning."""
+    numbers = step_weights(config) + batch * step_state(config, length, source)
+    return batch * target_flops(config, 2 * length, source) / (number_bytes * numbers)
