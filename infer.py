@@ -124,6 +124,9 @@ def add_translate(to: argparse.ArgumentParser) -> None:
         help=f"beginnings that are kept at each step; 1 takes the likeliest token after each; default {BEAMS}",
     )  # fmt: skip
     to.add_argument("--json", action="store_true", help="print a JSON object for each line instead of its translation")
+    to.add_argument(
+        "--average", type=int, default=0, metavar="N", help="the mean of the last N checkpoints; default the best alone"
+    )
     add_fields(to, BeamConfig, without=("beams",))
 
 
@@ -186,6 +189,8 @@ def understand(arguments: Sequence[str]) -> Request:
         raise ValueError(f"--context {options.context} must be at least 2: a prompt and an answer of one token")
     if options.verb == "translate" and (options.text is None) == (options.file is None):
         raise ValueError("translate takes either TEXT or --file FILE; give one of the two")
+    if given.get("average", 0) < 0:
+        raise ValueError(f"--average {options.average} must be at least 0; it counts checkpoints")
     if given.get("file") is not None and not options.file.is_file():
         raise ValueError(f"--file {options.file} is no file; give the text to {options.verb}")
     location = locate(options.model)
@@ -325,7 +330,7 @@ def translate(request: Request) -> int:
     get_ready()
     from inference.translator import open_translator, translated
 
-    translator = open_translator(request.location.path, dtype=options.dtype)
+    translator = open_translator(request.location.path, dtype=options.dtype, average=options.average)
     mesh, rules = mesh_of(request), AxisRules()
     parameters = translator.load(mesh, rules)
     for found in translated(translator, parameters, mesh, rules, texts, beam=request.beam):

@@ -20,7 +20,7 @@ run = RunConfig(
         bidirectional=False,
         reversed_source=True,
         max_length=64,
-        dropout=0.3,
+        dropout=0.2,
     ),
     data=PairsConfig(path="data/multi30k", bpe_vocab=5000, buckets=(12, 16, 21, 32), test_pairs=1000),
     optim=OptimConfig(
@@ -35,6 +35,6 @@ run = RunConfig(
         ema_decay=0.99,
     ),
     train=TrainConfig(
-        steps=1400, batch_size=64, seq_len=64, label_smoothing=0.1, eval_every=200, save_every=200, patience=4
+        steps=700, batch_size=64, seq_len=64, label_smoothing=0.1, eval_every=140, save_every=140, patience=4
     ),
 )

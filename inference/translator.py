@@ -14,7 +14,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from inference.beam import Beam
 from inference.config import BeamConfig
 from inference.translation import translate
-from inference.weights import Dtype, run_checkpoint, run_parameters, run_shape
+from inference.weights import Dtype, averaged_parameters, run_checkpoint, run_parameters, run_shape
 from model.parameters import Parameters
 from model.seq2seq_config import Seq2SeqConfig
 from parallel.config import AxisRules
@@ -40,12 +40,18 @@ class Translation(NamedTuple):
     beam: Beam | None  # its tokens; None of an empty line
 
 
-def open_translator(folder: pathlib.Path, *, dtype: Dtype = "float32") -> Translator:
+def open_translator(folder: pathlib.Path, *, dtype: Dtype = "float32", average: int = 0) -> Translator:
     """A run's shape and tokenizers; ValueError or OSError where files are missing, damaged or do not fit.
 
-    Its parameters are the best that it kept, where it kept some, else the newest.
+    Its parameters are the best that it kept, where it kept some, else the newest; or the mean of the last `average`.
     """
     config, found = run_shape(folder, Seq2SeqConfig), run_checkpoint(folder, "best", "checkpoints")
+
+    def load(mesh: Mesh, rules: AxisRules) -> Parameters:
+        if average:
+            return averaged_parameters(config, folder, average, mesh, rules)
+        return run_parameters(config, found, mesh, rules)
+
     tokenizer, source = load_tokenizer(folder / "tokenizer"), folder / "source_tokenizer"
     translator = Translator(
         name=str(folder),
@@ -53,7 +59,7 @@ def open_translator(folder: pathlib.Path, *, dtype: Dtype = "float32") -> Transl
         source_tokenizer=load_tokenizer(source) if source.is_dir() else tokenizer,
         tokenizer=tokenizer,
         lower=learned_lower(folder),
-        load=lambda mesh, rules: run_parameters(config, found, mesh, rules),
+        load=load,
     )
     check_vocabularies(translator)
     return translator

@@ -174,6 +174,26 @@ def run_parameters(config: ModelConfig | Seq2SeqConfig, found: Checkpoint, mesh:
     return checkpoint.load(found, {part: wanted})[part]
 
 
+def averaged_parameters(
+    config: ModelConfig | Seq2SeqConfig, folder: pathlib.Path, count: int, mesh: Mesh, rules: AxisRules
+) -> Parameters:
+    """The mean of a run's last `count` checkpoints' parameters (arXiv:1706.03762, section 6.1).
+
+    ValueError where it has fewer, or one of them is damaged.
+    """
+    paths = checkpoint.written(folder / "checkpoints")[-count:]
+    if len(paths) < count:
+        raise ValueError(
+            f"--average {count} asks for as many checkpoints but {folder} has {len(paths)}; "
+            f"give --average {len(paths)}, or train with train.keep={count}"
+        )
+    wanted, total = {"parameters": located(abstract(config).shapes, shardings(config, mesh, rules))}, None
+    for path in paths:
+        fresh = checkpoint.load(checkpoint.verified(path), wanted)["parameters"]
+        total = fresh if total is None else jax.tree.map(jax.numpy.add, total, fresh)
+    return jax.tree.map(lambda leaf: leaf / count, total)
+
+
 def check_vocabulary(model: Model) -> None:
     """Raise ValueError for a tokenizer that cannot be the weights' own. Weights may have some rows to spare."""
     V, num_tokens = model.config.vocab_size, model.tokenizer.vocab_size
