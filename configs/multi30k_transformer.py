@@ -15,18 +15,18 @@ run = RunConfig(
     name="multi30k_transformer",
     model=Seq2SeqConfig(
         kind="transformer",
-        embed_dim=128,
-        num_layers=4,
+        embed_dim=256,
+        num_layers=3,
         num_heads=4,
-        head_dim=32,
-        ffn_dim=256,
+        head_dim=64,
+        ffn_dim=512,
         max_length=64,
-        dropout=0.2,
+        dropout=0.25,
     ),
     data=PairsConfig(path="data/multi30k", bpe_vocab=5000, buckets=(12, 16, 21, 32), test_pairs=1000),
     optim=OptimConfig(
         name="muon",
-        peak_lr=0.02,
+        peak_lr=0.01,
         schedule="linear",
         warmup_steps=100,
         final_lr_ratio=0.0,
@@ -35,5 +35,7 @@ run = RunConfig(
         b2=0.95,
         ema_decay=0.99,
     ),
-    train=TrainConfig(steps=3000, batch_size=32, seq_len=64, label_smoothing=0.1, eval_every=600, save_every=600),
+    train=TrainConfig(
+        steps=1700, batch_size=64, seq_len=64, label_smoothing=0.1, eval_every=170, save_every=170, patience=5
+    ),
 )
