@@ -329,6 +329,7 @@ def _simulate(asked: argparse.Namespace) -> int:
         replicas=replicas, prefill=prefill, work=Workload(**{name: getattr(asked, name) for name in names}), **settings
     )
     if asked.model.endswith(".py"):
+        from configs.base import decoder_of
         from perf.aot import with_assumed_vocabulary
 
         asked.words = [asked.model]
@@ -609,6 +610,7 @@ def _ready() -> None:
 
 
 def _work(run):
+    from configs.base import decoder_of
     from perf.aot import Work, with_assumed_vocabulary
 
     return Work(

@@ -12,7 +12,7 @@ import pathlib
 
 import pytest
 
-from configs.base import RunConfig
+from configs.base import RunConfig, decoder_of
 from configs.commandline import load
 from parallel.compilation import TPU_OPTIONS, default_folder
 from parallel.topology import find
