@@ -74,12 +74,12 @@ def make_dates(num_examples: int, *, num_valid: int, num_test: int, seed: int) -
     num_held = num_valid + num_test
     if num_held >= num_examples:
         raise ValueError(
-            f"pairs.valid_pairs={num_valid} and pairs.test_pairs={num_test} leave nothing of "
-            f"pairs.examples={num_examples} to train on; raise pairs.examples"
+            f"data.valid_pairs={num_valid} and data.test_pairs={num_test} leave nothing of "
+            f"data.examples={num_examples} to train on; raise data.examples"
         )
     if num_held > MOST_HELD_OUT:
         raise ValueError(
-            f"pairs.valid_pairs={num_valid} and pairs.test_pairs={num_test} need {num_held} dates of their own, "
+            f"data.valid_pairs={num_valid} and data.test_pairs={num_test} need {num_held} dates of their own, "
             f"more than {MOST_HELD_OUT}, half of all; lower one of them"
         )
     rng = random.Random(seed)

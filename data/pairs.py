@@ -56,12 +56,10 @@ def _read_files(config: PairsConfig) -> PairTexts:
     raw_train, raw_valid = _read_train(config), _read_valid(config)
     train, valid = _filled(raw_train), _filled(raw_valid or [])
     if not train:
-        raise ValueError(
-            f"pairs.path={config.path} holds no pair: {len(raw_train)} lines, none with text on both sides"
-        )
+        raise ValueError(f"data.path={config.path} holds no pair: {len(raw_train)} lines, none with text on both sides")
     if len(train) > 1 and all(source == target for source, target in train):
         raise ValueError(
-            f"pairs.path={config.path} has the same text on both sides of all {len(train)} pairs; "
+            f"data.path={config.path} has the same text on both sides of all {len(train)} pairs; "
             "give the source language and its translation"
         )
     num_empty = len(raw_train) - len(train) + len(raw_valid or []) - len(valid)
@@ -82,7 +80,7 @@ def _hold_out(pairs: list[Pair], num_valid: int, num_test: int) -> tuple[list[Pa
     distinct = list(dict.fromkeys(pairs))
     if num_valid + num_test >= len(distinct):
         raise ValueError(
-            f"pairs.valid_pairs={num_valid} and pairs.test_pairs={num_test} leave nothing to train on of "
+            f"data.valid_pairs={num_valid} and data.test_pairs={num_test} leave nothing to train on of "
             f"{len(distinct)} different pairs; lower them"
         )
     drawn = np.random.default_rng(0).permutation(len(distinct))[: num_valid + num_test].tolist()
@@ -98,10 +96,10 @@ def _read_train(config: PairsConfig) -> list[Pair]:
     files = [pathlib.Path(name.strip()) for name in config.path.split(",")]
     missing = [file for file in files if not file.is_file()]
     if len(files) != 2 or len(missing) == 2:
-        raise ValueError(f"pairs.path={config.path} does not exist; give {FORMS}")
+        raise ValueError(f"data.path={config.path} does not exist; give {FORMS}")
     if missing:
         there = _names_in(missing[0].parent)
-        raise ValueError(f"pairs.path={config.path}: there is no file {missing[0]}; {missing[0].parent} has {there}")
+        raise ValueError(f"data.path={config.path}: there is no file {missing[0]}; {missing[0].parent} has {there}")
     return _read_two(*files)
 
 
@@ -125,7 +123,7 @@ def _file_of(folder: pathlib.Path, stem: str, language: str) -> pathlib.Path:
     if found is None:
         raise ValueError(
             f"folder {folder} has no {stem}.{language} or {stem}.{language}.gz, it has {_names_in(folder)}; "
-            "set pairs.source and pairs.target to its file endings"
+            "set data.source and data.target to its file endings"
         )
     return found
 
@@ -157,7 +155,7 @@ def _read_one(path: pathlib.Path, config: PairsConfig) -> list[Pair]:
         case "jsonl":
             lines = ((number, line) for number, line in enumerate(read_lines(path), start=1) if line.strip())
             return [_values(line, (config.source, config.target), path, number) for number, line in lines]
-    raise ValueError(f"pairs.path={config.path} is one file and neither .tsv nor .jsonl; give {FORMS}")
+    raise ValueError(f"data.path={config.path} is one file and neither .tsv nor .jsonl; give {FORMS}")
 
 
 def _columns(line: str, path: pathlib.Path, number: int) -> Pair:
@@ -181,7 +179,7 @@ def _values(line: str, languages: Pair, path: pathlib.Path, number: int) -> Pair
         if language not in entries:
             raise ValueError(
                 f"{path} line {number} has no key {language!r}, it has {', '.join(sorted(entries)) or 'none'}; "
-                "set pairs.source and pairs.target"
+                "set data.source and data.target"
             )
         if not isinstance(entries[language], str):
             kind = type(entries[language]).__name__

@@ -79,7 +79,7 @@ def test_the_seed_decides_the_pairs():
 
 
 def test_too_few_examples_are_refused():
-    with pytest.raises(ValueError, match=r"valid_pairs=6 and pairs.test_pairs=4 leave nothing of pairs.examples=10 "):
+    with pytest.raises(ValueError, match=r"valid_pairs=6 and data.test_pairs=4 leave nothing of data.examples=10 "):
         make_dates(10, num_valid=6, num_test=4, seed=0)
 
 

@@ -142,7 +142,7 @@ def test_a_cut_gzip_file(tmp_path):
 
 
 def test_a_folder_without_the_language_says_what_it_has(folder):
-    with refused(f"folder {folder} has no train.fr or train.fr.gz, it has train.de, train.en; set pairs.source and"):
+    with refused(f"folder {folder} has no train.fr or train.fr.gz, it has train.de, train.en; set data.source and"):
         read_pairs(config(folder, target="fr"))
     (folder / "val.en").write_text("a\n")
     with refused(f"folder {folder} has no val.de or val.de.gz, it has train.de, train.en, val.en"):
@@ -158,7 +158,7 @@ def test_a_folder_of_many_files_shows_some(tmp_path):
 
 @pytest.mark.parametrize("name", ["nowhere", "no.en,no.de", "train.en,train.de,train.fr"])
 def test_a_path_that_is_not_there(name, folder):
-    with refused(f"pairs.path={folder}/{name} does not exist; give dates, a folder with train.SOURCE"):
+    with refused(f"data.path={folder}/{name} does not exist; give dates, a folder with train.SOURCE"):
         read_pairs(config(f"{folder}/{name}"))
 
 
@@ -168,7 +168,7 @@ def test_one_of_two_files_is_not_there(folder):
 
 
 def test_one_plain_file(folder):
-    with refused(f"pairs.path={folder}/train.en is one file and neither .tsv nor .jsonl; give dates"):
+    with refused(f"data.path={folder}/train.en is one file and neither .tsv nor .jsonl; give dates"):
         read_pairs(config(folder / "train.en"))
 
 
@@ -179,14 +179,14 @@ def test_the_same_file_twice(folder):
 
 def test_the_same_text_on_both_sides(tmp_path):
     write_two(tmp_path, "train", [("a", "a"), ("b", "b ")])
-    with refused(f"pairs.path={tmp_path} has the same text on both sides of all 2 pairs; give the source language"):
+    with refused(f"data.path={tmp_path} has the same text on both sides of all 2 pairs; give the source language"):
         read_pairs(config(tmp_path))
 
 
 @pytest.mark.parametrize(("pairs", "lines"), [([], 0), ([("a", ""), ("", "b")], 2)])
 def test_no_pairs_at_all(pairs, lines, tmp_path):
     write_two(tmp_path, "train", pairs)
-    with refused(f"pairs.path={tmp_path} holds no pair: {lines} lines, none with text on both sides"):
+    with refused(f"data.path={tmp_path} holds no pair: {lines} lines, none with text on both sides"):
         read_pairs(config(tmp_path))
 
 
@@ -205,8 +205,8 @@ def test_a_tsv_line_may_have_an_empty_side(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"en": "a"}', "has no key 'de', it has en; set pairs.source and pairs.target"),
-        ("{}", "has no key 'en', it has none; set pairs.source and pairs.target"),
+        ('{"en": "a"}', "has no key 'de', it has en; set data.source and data.target"),
+        ("{}", "has no key 'en', it has none; set data.source and data.target"),
         ('{"en": "a", "de": 3}', "holds int under 'de' instead of text; correct the line"),
         ('{"en": "a", "de": "\\ud800"}', "holds half a surrogate pair under 'de', which no text has"),
         ('["a", "b"]', "holds list; each line holds one object"),
@@ -220,20 +220,20 @@ def test_a_jsonl_line_that_holds_no_pair(line, message, tmp_path):
 
 
 def test_holding_out_everything(folder):
-    with refused("valid_pairs=12 and pairs.test_pairs=8 leave nothing to train on of 20 different pairs; lower them"):
+    with refused("valid_pairs=12 and data.test_pairs=8 leave nothing to train on of 20 different pairs; lower them"):
         read_pairs(config(folder, valid_pairs=12, test_pairs=8))
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"source": "de"}, "data.source=de and pairs.target=de are the same; translate between two"),
+        ({"source": "de"}, "data.source=de and data.target=de are the same; translate between two"),
         ({"buckets": (16, 8)}, r"data.buckets=\(16, 8\) must rise from 2 or more, as 16,24,32 does"),
         ({"buckets": (1, 8)}, r"data.buckets=\(1, 8\) must rise"),
         ({"buckets": (8, 8)}, r"data.buckets=\(8, 8\) must rise"),
         ({"bpe_vocab": 257}, "data.bpe_vocab=257 must be at least 258"),
-        ({"test_pairs": -1}, "pairs.test_pairs=-1 must be at least 0"),
-        ({"examples": 0}, "pairs.examples=0 must be at least 1"),
+        ({"test_pairs": -1}, "data.test_pairs=-1 must be at least 0"),
+        ({"examples": 0}, "data.examples=0 must be at least 1"),
     ],
 )
 def test_settings_that_cannot_be(settings, message):
