@@ -159,11 +159,18 @@ def run_shape(folder: pathlib.Path, kind: type[Kind]) -> Kind:
 
 
 def run_checkpoint(folder: pathlib.Path, *places: str) -> Checkpoint:
-    """The newest whole checkpoint of the first of these folders in a run's that has one."""
+    """The newest whole checkpoint of the first of these folders in a run's that has one; ValueError where none has."""
+    damaged = None
     for place in places:
-        found = checkpoint.newest(folder / place, lambda line: print(line, file=sys.stderr))
+        try:
+            found = checkpoint.newest(folder / place, lambda line: print(line, file=sys.stderr))
+        except ValueError as error:  # all of them; there may be whole ones in the next folder
+            damaged = damaged or error
+            continue
         if found is not None:
             return found
+    if damaged:
+        raise damaged
     raise ValueError(f"{folder} has no checkpoint yet; train it first: train.py saves every train.save_every steps")
 
 

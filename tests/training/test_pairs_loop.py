@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -114,6 +115,19 @@ def test_a_resumed_run_is_the_uninterrupted_one(base, whole):
     assert run_checkpoint(folder, "checkpoints").note["best"] == run_checkpoint(whole, "checkpoints").note["best"]
     for name, array in resumed.items():
         np.testing.assert_array_equal(array, there[name], err_msg=name)
+
+
+def test_where_the_best_are_damaged_the_newest_are_taken(whole, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    largest = max(
+        (file for file in (folder / "best").rglob("*") if file.is_file()), key=lambda file: file.stat().st_size
+    )
+    largest.write_bytes(b"")
+    assert run_checkpoint(folder, "best", "checkpoints").step == 8
+    assert "is damaged" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"none of the 1 checkpoints in .*best is whole"):
+        run_checkpoint(folder, "best")
 
 
 def test_an_average_is_the_mean_of_the_last_checkpoints(whole):
