@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64
 
 from data.config import PairsConfig, bucket_edges
+from data.cursor import check_order
 from data.pairs import Pair, read_pairs
 from data.tokenizer import (
     ByteTokenizer,
@@ -318,16 +319,18 @@ class PairLoader:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on with the batch that follows `state`; ValueError if it counts the batches of another order."""
-        for name, value in self._identity.items():
-            if state.get(name) != value:
-                raise ValueError(
-                    f"the checkpoint stands in another order of examples: {name} was {state.get(name)!r}, "
-                    f"now it is {value!r}; restore the old value, or start a new run with another name"
-                )
+        check_order(state, self._identity)
         self._batch = int(state["batch"])
 
     def close(self) -> None:
         """Nothing runs ahead: a batch is made in less than a millisecond, when it is asked for."""
+
+
+def batch_shapes(corpus: PairCorpus, batch_size: int, seq_len: int) -> tuple[tuple[int, int], ...]:
+    """Rows and edge of every bucket that a pair is in, to train on or held out, the longest rows last."""
+    edges = bucket_edges(corpus.buckets, seq_len=seq_len)
+    buckets = [bucket for pairs in (corpus.train, corpus.valid) for bucket in _fill_buckets(pairs, edges, batch_size)]
+    return tuple(sorted({(bucket.num_rows, bucket.edge) for bucket in buckets}, reverse=True))
 
 
 def valid_batches(

@@ -15,6 +15,7 @@ import numpy as np
 
 from data.cache import TokenCache
 from data.corpus import Corpus, prepare
+from data.cursor import check_order
 from data.packing import Batch, Rows, cut, empty_batch, fill_rows, num_cuts, pad_rows, plan_rows
 
 __all__ = ["Batch", "Corpus", "TrainLoader", "import_grain", "prepare", "valid_batches"]
@@ -155,12 +156,7 @@ class TrainLoader:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on with the batch that follows `state`; ValueError if it counts the examples of another order."""
-        for name, value in self._identity.items():
-            if state.get(name) != value:
-                raise ValueError(
-                    f"the checkpoint stands in another order of examples: {name} was {state.get(name)!r}, "
-                    f"now it is {value!r}; restore the old value, or start a new run with another name"
-                )
+        check_order(state, self._identity)
         self.close()
         self._example = int(state["example"])
 

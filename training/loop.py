@@ -5,6 +5,7 @@ the next one is loaded while it runs.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -46,7 +47,8 @@ SHOWN = 3  # translations in a sample
 ROUTED = ("max_load", "unused")  # how evenly experts are used, where the model has some
 
 
-class Task(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Task:
     """What a run computes, wherever it stands."""
 
     folder: pathlib.Path
@@ -60,12 +62,12 @@ class Task(NamedTuple):
     sample: SampleFn | None
     score: ScoreFn | None
 
-    @property
+    @functools.cached_property
     def feed(self) -> Feed:
         """How its batches lie on the devices."""
         return Feed(self.steps.batch, BATCHES[type(self.model)], self.subject.shapes(self.schedule))
 
-    @property
+    @functools.cached_property
     def flops_per_token(self) -> float:
         """Of the model, forward and backward."""
         return self.subject.train_flops(self.model, self.schedule)

@@ -82,12 +82,7 @@ class Pairs:
 
     def shapes(self, schedule: TrainConfig) -> tuple[tuple[int, int], ...]:
         """Rows and length of every bucket that a pair is in."""
-        every = [
-            PairLoader(corpus, batch_size=schedule.batch_size, seq_len=schedule.seq_len).shapes
-            for corpus in (self.corpus, dataclasses.replace(self.corpus, train=self.corpus.valid))
-            if len(corpus.train)
-        ]
-        return tuple(sorted({shape for shapes in every for shape in shapes}, reverse=True))
+        return pair_batches.batch_shapes(self.corpus, schedule.batch_size, schedule.seq_len)
 
     def loader(self, schedule: TrainConfig, part: Part) -> PairLoader:
         """Batches without end."""
