@@ -20,12 +20,11 @@ from model.decoder import gathered
 from model.dropout import Seeds, dropout
 from model.layers import Key, constant, matrix
 from model.looks import Looks
-from model.seq2seq_config import CellKind, Seq2SeqConfig
+from model.seq2seq_config import GATES, CellKind, Seq2SeqConfig
 from model.soft_search import SoftSearch, Source, attend
-from ops.recurrence import Linear, recur
+from ops.recurrence import Linear, linear_of, recur
 from parallel.sharding import einsum, relaid
 
-GATES: dict[CellKind, int] = {"gru": 3, "lstm": 4}
 INSIDE, OUTSIDE = ("batch", "act_recurrent"), ("batch", None)  # a state where gates are computed, and in a product
 
 
@@ -224,17 +223,25 @@ class Decoder(nnx.Module):
 
     def hidden(self, encoded: Encoded, y: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Float[Array, "B T S"]]:
         """Without dropout, and the weights. What the scan need not wait for comes before or after it."""
-        config, turn = self.config, functools.partial(_turn, self.config)
+        turn = functools.partial(_turn, self.config)
         gates = self._gates(encoded, y.swapaxes(0, 1))
         _, told = recur(turn, self._weights(), self._constants(encoded), self.start(encoded, 0), gates)
         told = Told(*(x.swapaxes(0, 1) for x in told))
+        return self._finished(encoded, told, y)
+
+    def _finished(
+        self, encoded: Encoded, told: Told, y: Float[Array, "B T D"]
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T S"]]:
+        """Hidden states and weights of T turns: what of them the turns themselves did not need."""
+        config, context, weights = self.config, told.context, told.weights
         if config.input_feeding:
-            return told.hidden, told.weights
-        context, weights = told.context, told.weights
-        if config.kind == "attention" and not config.attends_in_scan:
-            context, weights = self._search(encoded, told.state)
+            return told.hidden, weights
         if config.kind == "fixed":
+            (B, T, _), S = told.state.shape, encoded.source.mask.shape[1]
             context = jnp.broadcast_to(encoded.context[:, None], told.state.shape)
+            weights = jnp.zeros((B, T, S), encoded.source.mask.dtype)
+        elif not config.attends_in_scan:
+            context, weights = self._search(encoded, told.state)
         return self._readout(told.state, context, y), weights
 
     def start(self, encoded: Encoded, length: int) -> DecoderState:
@@ -246,21 +253,10 @@ class Decoder(nnx.Module):
         self, encoded: Encoded, state: DecoderState, y: Float[Array, "B D"]
     ) -> tuple[Float[Array, "B D"], DecoderState, Float[Array, "B S"]]:
         """One token further: hidden state, what is carried on, and the weights over the source."""
-        config, weights = self.config, self._weights()
-
-        def linear(name, v):
-            return v @ weights[name].astype(v.dtype)
-
         gates = self._gates(encoded, y[None])[0]
-        state, told = _turn(config, linear, self._constants(encoded), state, gates)
-        if config.input_feeding:
-            return told.hidden, state, told.weights
-        context, attended = told.context, told.weights
-        if config.kind == "attention" and not config.attends_in_scan:
-            context, attended = (x[:, 0] for x in self._search(encoded, told.state[:, None]))
-        if config.kind == "fixed":
-            context, attended = encoded.context, jnp.zeros_like(encoded.source.mask)
-        return self._readout(told.state[:, None], context[:, None], y[:, None])[:, 0], state, attended
+        state, told = _turn(self.config, linear_of(self._weights()), self._constants(encoded), state, gates)
+        hidden, weights = self._finished(encoded, Told(*(x[:, None] for x in told)), y[:, None])
+        return hidden[:, 0], state, weights[:, 0]
 
     def _gates(self, encoded: Encoded, y: Float[Array, "T B D"]) -> Float[Array, "T B J u"]:
         """The first layer's, of the tokens and of a context that does not change."""

@@ -9,6 +9,7 @@ from parallel.records import require
 Seq2SeqKind = Literal["fixed", "attention", "transformer"]
 CellKind = Literal["gru", "lstm"]
 ScoreKind = Literal["additive", "dot", "general", "local"]
+GATES: dict[CellKind, int] = {"gru": 3, "lstm": 4}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,9 +72,10 @@ class Seq2SeqConfig:
             num_layers=self.num_layers,
             num_heads=max(self.num_heads, 1),
             num_kv_heads=max(self.num_heads, 1),
-            head_dim=2 * max(self.head_dim // 2, 1),
+            head_dim=max(self.head_dim, 1),
             ffn_dim=max(self.ffn_dim, 1),
             max_length=self.max_length,
+            positions="learned",  # ours are not a layer's business
             rope_theta=10_000.0,
             norm="layer",
             norm_eps=1e-5,

@@ -1,8 +1,6 @@
 """Counts of an encoder–decoder: parameters and FLOPs, by the conventions of model/cost.py. Imports no jax."""
 
-from model.seq2seq_config import Seq2SeqConfig
-
-GATES = {"gru": 3, "lstm": 4}
+from model.seq2seq_config import GATES, Seq2SeqConfig
 
 
 def source_flops(config: Seq2SeqConfig, length: int | float) -> float | int:
@@ -20,44 +18,34 @@ def source_flops(config: Seq2SeqConfig, length: int | float) -> float | int:
 
 def target_flops(config: Seq2SeqConfig, length: int | float, source: int | float) -> float | int:
     """FLOPs of the decoder a target token, in a target of so many, of a source of so many; the unembedding included."""
+    looks = 0.0
+    if not config.is_recurrent:
+        looks = 4 * config.num_layers * config.num_heads * config.head_dim * ((length + 1) / 2 + source)
+    elif config.kind == "attention":
+        looks = 4 * source * config.recurrent_dim
+    return 2 * step_weights(config) + looks
+
+
+def step_weights(config: Seq2SeqConfig) -> int:
+    """Parameters that a decoder's step multiplies by: what it reads of them, however large the batch."""
     D, U, L, V = config.embed_dim, config.recurrent_dim, config.num_layers, config.vocab_size
     if not config.is_recurrent:
-        N, H, keys = config.num_heads, config.head_dim, (length + 1) / 2 + source
-        return L * (1.5 * _heads(config) + 4 * N * H * keys + 4 * D * config.ffn_dim) + 2 * V * D
-    J = GATES[config.cell]
-    layers = sum(2 * J * U * ((D if l == 0 else U) + U) for l in range(L))
-    reads = config.kind == "fixed" or config.score == "additive"
-    context = 2 * J * U * (U if reads else D) * (reads or config.input_feeding) * (config.kind != "fixed")
-    readout = 2 * D * (2 * U + D * reads)
-    return layers + context + readout + _search(config, source) + 2 * V * D
+        return L * (3 * _heads(config) // 4 + 2 * D * config.ffn_dim) + V * D  # self-attention, and half of the cross
+    J, reads = GATES[config.cell], config.kind == "fixed" or config.score == "additive"
+    layers = sum(J * U * ((D if l == 0 else U) + U) for l in range(L))
+    context = 0 if config.kind == "fixed" else J * U * U if reads else J * U * D * config.input_feeding
+    query = U * U * (config.kind == "attention" and config.score in ("additive", "local"))
+    return layers + context + query + D * (2 * U + D * reads) + V * D
 
 
 def _heads(config: Seq2SeqConfig) -> int:
-    """Of the four matrices of one multi-head attention."""
+    """FLOPs of the four matrices of one multi-head attention."""
     return 2 * 4 * config.embed_dim * config.num_heads * config.head_dim
-
-
-def _search(config: Seq2SeqConfig, source: int | float) -> float | int:
-    """Of one soft search: the query, the scores, the context."""
-    if config.kind != "attention":
-        return 0.0
-    U = config.recurrent_dim
-    return 2 * U * U * (config.score in ("additive", "local")) + 4 * source * U
 
 
 def train_flops(config: Seq2SeqConfig, source: int | float, target: int | float) -> float | int:
     """FLOPs of training a target token, forward and backward, on pairs of these mean lengths."""
     return 3 * (source_flops(config, source) * source / target + target_flops(config, target, source))
-
-
-def step_weights(config: Seq2SeqConfig) -> int:
-    """Parameters that a decoder's step multiplies by: what it reads of them, however large the batch."""
-    return round((target_flops(config, 0, 0) - (0 if config.is_recurrent else _empty_look(config))) / 2)
-
-
-def _empty_look(config: Seq2SeqConfig) -> float | int:
-    """What `target_flops` counts of attention to the half key of an empty target."""
-    return config.num_layers * 4 * config.num_heads * config.head_dim / 2
 
 
 def step_state(config: Seq2SeqConfig, length: int | float, source: int | float) -> float | int:

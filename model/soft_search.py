@@ -17,9 +17,8 @@ from jaxtyping import Array, Float
 
 from model.layers import Key, matrix
 from model.seq2seq_config import Seq2SeqConfig
+from ops.attention import HIDDEN
 from parallel.sharding import einsum
-
-HIDDEN = -1e30  # a logit that weighs nothing
 
 
 class Source(NamedTuple):
@@ -35,7 +34,7 @@ class SoftSearch(nnx.Module):
 
     def __init__(self, config: Seq2SeqConfig, key: Key):
         query, keys, energy = jax.random.split(key, 3)
-        U, self.score, self.window = config.recurrent_dim, config.score, config.window
+        U = config.recurrent_dim
         names, has_query = ("embed", "rank"), config.score in ("additive", "local")
         self.query = matrix(query, (U, U), names, fan_in=U) if has_query else nnx.data(None)
         self.keys = matrix(keys, (U, U), names, fan_in=U) if config.score != "dot" else nnx.data(None)

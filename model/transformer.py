@@ -18,9 +18,8 @@ from model.dropout import Seeds, dropout
 from model.layers import FeedForward, Key, Norm, matrix
 from model.looks import Looks
 from model.seq2seq_config import Seq2SeqConfig
+from ops.attention import HIDDEN
 from parallel.sharding import einsum
-
-HIDDEN = -1e30  # a logit that weighs nothing
 
 
 class KeysValues(NamedTuple):

@@ -18,12 +18,15 @@ Linear = Callable[[str, Float[Array, "B i"]], Float[Array, "B o"]]
 Step = Callable[[Linear, Any, Any, Any], tuple[Any, Any]]
 
 
+def linear_of(weights: dict[str, Any]) -> Linear:
+    """The products of a step that is taken by itself."""
+    return lambda name, v: v @ weights[name].astype(v.dtype)
+
+
 def recur_plainly(step: Step, weights: dict[str, Any], constants: Any, carry: Any, xs: Any) -> tuple[Any, Any]:
     """`recur` as one plain scan: the slow twin."""
 
-    def linear(name, v):
-        return v @ weights[name].astype(v.dtype)
-
+    linear = linear_of(weights)
     return jax.lax.scan(lambda carry, x: step(linear, constants, carry, x), carry, xs)
 
 
