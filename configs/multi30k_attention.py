@@ -13,7 +13,7 @@ from training.config import OptimConfig, TrainConfig
 
 run = RunConfig(
     name="multi30k_attention",
-    model=Seq2SeqConfig(kind="attention", embed_dim=256, recurrent_dim=384, max_length=64, dropout=0.2),
+    model=Seq2SeqConfig(kind="attention", embed_dim=256, recurrent_dim=384, max_length=64, dropout=0.15),
     data=PairsConfig(path="data/multi30k", bpe_vocab=5000, buckets=(12, 16, 21, 32), test_pairs=1000),
     optim=OptimConfig(
         name="muon",
@@ -27,6 +27,6 @@ run = RunConfig(
         ema_decay=0.99,
     ),
     train=TrainConfig(
-        steps=1150, batch_size=64, seq_len=64, label_smoothing=0.1, eval_every=230, save_every=230, patience=4
+        steps=2600, batch_size=64, seq_len=64, label_smoothing=0.1, eval_every=260, save_every=260, patience=4
     ),
 )

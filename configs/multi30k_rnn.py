@@ -35,6 +35,6 @@ run = RunConfig(
         ema_decay=0.99,
     ),
     train=TrainConfig(
-        steps=700, batch_size=64, seq_len=64, label_smoothing=0.1, eval_every=140, save_every=140, patience=4
+        steps=1100, batch_size=64, seq_len=64, label_smoothing=0.1, eval_every=110, save_every=110, patience=4
     ),
 )
