@@ -21,9 +21,9 @@ run = RunConfig(
         head_dim=64,
         ffn_dim=512,
         max_length=64,
-        dropout=0.25,
+        dropout=0.22,
     ),
-    data=PairsConfig(path="data/multi30k", bpe_vocab=5000, buckets=(12, 16, 21, 32), test_pairs=1000),
+    data=PairsConfig(path="data/multi30k", bpe_vocab=5000, buckets=(10, 12, 14, 16, 18, 21, 25, 32), test_pairs=1000),
     optim=OptimConfig(
         name="muon",
         peak_lr=0.01,
@@ -36,6 +36,6 @@ run = RunConfig(
         ema_decay=0.99,
     ),
     train=TrainConfig(
-        steps=1700, batch_size=64, seq_len=64, label_smoothing=0.1, eval_every=170, save_every=170, patience=5
+        steps=1850, batch_size=64, seq_len=64, label_smoothing=0.1, eval_every=185, save_every=185, patience=5
     ),
 )
