@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float32, Int32, Int64
 
 from data.config import PairsConfig, bucket_edges
 from data.cursor import check_order
-from data.pairs import Pair, read_pairs
+from data.pairs import Pair, join_pairs, read_pairs
 from data.tokenizer import (
     ByteTokenizer,
     HuggingFaceTokenizer,
@@ -124,9 +124,11 @@ class PairCorpus:
 def prepare_pairs(config: PairsConfig, *, seed: int) -> PairCorpus:
     """Read a run's pairs, make their tokenizers, and encode them."""
     texts = read_pairs(config)
-    everything = [*texts.train, *texts.valid, *texts.test]
+    joined = join_pairs(texts.train, round(config.joined * len(texts.train)))
+    everything = [*texts.train, *joined, *texts.valid, *texts.test]
     source_tokenizer, tokenizer = _make_tokenizers(config, texts.train, everything)
-    train, valid = (_encode_pairs(source_tokenizer, tokenizer, part) for part in (texts.train, texts.valid))
+    parts = ([*texts.train, *joined], texts.valid)
+    train, valid = (_encode_pairs(source_tokenizer, tokenizer, part) for part in parts)
     return PairCorpus(
         name=config.path,
         source_tokenizer=source_tokenizer,
@@ -135,7 +137,7 @@ def prepare_pairs(config: PairsConfig, *, seed: int) -> PairCorpus:
         valid=valid,
         valid_texts=tuple(texts.valid),
         test_texts=tuple(texts.test),
-        report=texts.report(),
+        report=texts.report() + (f"; {len(joined):,} more to train on are two of them joined" if joined else ""),
         key=_key(source_tokenizer, tokenizer, train, valid),
         buckets=config.buckets,
         seed=seed,

@@ -231,6 +231,21 @@ def test_test_pairs_are_in_no_batch(tmp_path):
     assert {*seen} | {*corpus.test_texts} == {*pairs}
 
 
+@pytest.mark.parametrize("tokenizer", ["char", "byte"])
+def test_joined_pairs_are_trained_on_beside_their_parts_alone(tokenizer, tmp_path):
+    pairs = [(f"s{number}", f"t{number}") for number in range(30)]
+    settings = {"valid_pairs": 5, "test_pairs": 5, "tokenizer": tokenizer, "buckets": ()}
+    plain, corpus = from_pairs(tmp_path, pairs, **settings), from_pairs(tmp_path, pairs, **settings, joined=0.4)
+    assert (corpus.valid_texts, corpus.test_texts) == (plain.valid_texts, plain.test_texts)
+    assert corpus.describe()[0] == plain.describe()[0] + "; 8 more to train on are two of them joined"
+    alone, seen = (sorted(texts(one, take(one, an_epoch(one)))) for one in (plain, corpus))
+    joined = [pair for pair in seen if pair not in alone]
+    assert (len(alone), len(joined), len(seen)) == (20, 8, 28)
+    for source, target in joined:
+        assert {*zip(source.split(" "), target.split(" "), strict=True)} <= {*alone}
+    assert from_pairs(tmp_path, pairs, **settings, joined=0.4).key == corpus.key != plain.key
+
+
 SENTENCES = [("the cat sat on the mat", "die Katze saß auf der Matte"), ("the <|eos|> dog", "der <|bos|> Hund")] * 3
 
 
