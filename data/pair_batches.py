@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64
 
+from data.bpe_dropout import draw_spellings
 from data.config import PairsConfig, bucket_edges
 from data.cursor import check_order
 from data.pairs import Pair, join_pairs, read_pairs
@@ -26,6 +27,7 @@ from data.tokenizer import (
     train_bpe,
 )
 
+SPELLINGS = 8  # of each pair beside its own, with data.bpe_dropout
 Part = Callable[[int], Sequence[int]]  # the rows that a host reads, of a batch of so many
 
 
@@ -127,8 +129,10 @@ def prepare_pairs(config: PairsConfig, *, seed: int) -> PairCorpus:
     joined = join_pairs(texts.train, round(config.joined * len(texts.train)))
     everything = [*texts.train, *joined, *texts.valid, *texts.test]
     source_tokenizer, tokenizer = _make_tokenizers(config, texts.train, everything)
-    parts = ([*texts.train, *joined], texts.valid)
-    train, valid = (_encode_pairs(source_tokenizer, tokenizer, part) for part in parts)
+    train = _encode_pairs(source_tokenizer, tokenizer, [*texts.train, *joined], bpe_dropout=config.bpe_dropout)
+    valid = _encode_pairs(source_tokenizer, tokenizer, texts.valid)
+    additions = [f"{len(joined):,} more to train on are two of them joined"] if joined else []
+    additions += [f"each to train on is there in {SPELLINGS} more spellings"] if config.bpe_dropout else []
     return PairCorpus(
         name=config.path,
         source_tokenizer=source_tokenizer,
@@ -137,7 +141,7 @@ def prepare_pairs(config: PairsConfig, *, seed: int) -> PairCorpus:
         valid=valid,
         valid_texts=tuple(texts.valid),
         test_texts=tuple(texts.test),
-        report=texts.report() + (f"; {len(joined):,} more to train on are two of them joined" if joined else ""),
+        report="; ".join([texts.report(), *additions]),
         key=_key(source_tokenizer, tokenizer, train, valid),
         buckets=config.buckets,
         seed=seed,
@@ -162,13 +166,25 @@ def _make_tokenizer(config: PairsConfig, texts: list[str]) -> Tokenizer:
     return train_bpe(texts, vocab_size=config.bpe_vocab, adds_bos=False)
 
 
-def _encode_pairs(source_tokenizer: Tokenizer, tokenizer: Tokenizer, pairs: list[Pair]) -> EncodedPairs:
-    sources = _spelling(source_tokenizer).encode_batch([source for source, _ in pairs])
-    targets = _spelling(tokenizer).encode_batch([target for _, target in pairs])
+def _encode_pairs(
+    source_tokenizer: Tokenizer, tokenizer: Tokenizer, pairs: list[Pair], *, bpe_dropout: float = 0.0
+) -> EncodedPairs:
+    """All pairs; with dropout all of them again in each further spelling."""
+    sources = _spellings(source_tokenizer, [source for source, _ in pairs], bpe_dropout)
+    targets = _spellings(tokenizer, [target for _, target in pairs], bpe_dropout)
     return EncodedPairs(
         sources=_join(sources, begin=[], end=[_eos(source_tokenizer)]),
         targets=_join(targets, begin=[_bos(tokenizer)], end=[_eos(tokenizer)]),
     )
+
+
+def _spellings(tokenizer: Tokenizer, texts: list[str], bpe_dropout: float) -> list[np.ndarray]:
+    encoded = _spelling(tokenizer).encode_batch(texts)
+    if not bpe_dropout:
+        return encoded
+    assert isinstance(tokenizer, HuggingFaceTokenizer), "only a BPE has merges"
+    tables = (draw_spellings(tokenizer, bpe_dropout, seed=seed) for seed in range(SPELLINGS))
+    return [*encoded, *(tokens for table in tables for tokens in table.encode(texts))]
 
 
 def _spelling(tokenizer: Tokenizer) -> Tokenizer:
