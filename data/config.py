@@ -73,21 +73,12 @@ class PairsConfig:
     buckets: tuple[int, ...] = (16, 24, 32)  # row lengths in tokens below train.seq_len, which is always the last one
     valid_pairs: int = 500  # kept for validation where the folder has no val.SOURCE (or valid., dev.)
     test_pairs: int = 0  # taken from the training text and never shown to the run
-    bpe_dropout: float = 0.0  # chance that a merge is left out, in eight more spellings of the pairs to train on (bpe)
-    joined: float = 0.0  # two random pairs one after the other, as pairs more to train on: this share of the pairs
     examples: int = 20_000  # generated pairs, held-out ones among them (dates)
 
     def __post_init__(self):
         require(self, "data", "bpe_vocab", low=258)  # 256 bytes, begin and end of a text
         require(self, "data", "valid_pairs test_pairs", low=0)
         require(self, "data", "examples", low=1)
-        require(self, "data", "joined", low=0)
-        require(self, "data", "bpe_dropout", low=0, high=1)
-        if self.bpe_dropout and self.tokenizer != "bpe":
-            raise ValueError(
-                f"data.bpe_dropout={self.bpe_dropout} leaves out merges, and data.tokenizer={self.tokenizer} has none; "
-                "leave it 0 or set data.tokenizer=bpe"
-            )
         if self.source == self.target:
             raise ValueError(
                 f"data.source={self.source} and data.target={self.target} are the same; translate between two"

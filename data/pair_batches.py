@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64
 
-from data.bpe_dropout import draw_spellings
 from data.config import PairsConfig, bucket_edges
 from data.cursor import check_order
-from data.pairs import Pair, join_pairs, read_pairs
+from data.pairs import Pair, read_pairs
 from data.tokenizer import (
     ByteTokenizer,
     HuggingFaceTokenizer,
@@ -27,7 +26,6 @@ from data.tokenizer import (
     train_bpe,
 )
 
-SPELLINGS = 8  # of each pair beside its own, with data.bpe_dropout
 Part = Callable[[int], Sequence[int]]  # the rows that a host reads, of a batch of so many
 
 
@@ -126,13 +124,9 @@ class PairCorpus:
 def prepare_pairs(config: PairsConfig, *, seed: int) -> PairCorpus:
     """Read a run's pairs, make their tokenizers, and encode them."""
     texts = read_pairs(config)
-    joined = join_pairs(texts.train, round(config.joined * len(texts.train)))
-    everything = [*texts.train, *joined, *texts.valid, *texts.test]
+    everything = [*texts.train, *texts.valid, *texts.test]
     source_tokenizer, tokenizer = _make_tokenizers(config, texts.train, everything)
-    train = _encode_pairs(source_tokenizer, tokenizer, [*texts.train, *joined], bpe_dropout=config.bpe_dropout)
-    valid = _encode_pairs(source_tokenizer, tokenizer, texts.valid)
-    additions = [f"{len(joined):,} more to train on are two of them joined"] if joined else []
-    additions += [f"each to train on is there in {SPELLINGS} more spellings"] if config.bpe_dropout else []
+    train, valid = (_encode_pairs(source_tokenizer, tokenizer, part) for part in (texts.train, texts.valid))
     return PairCorpus(
         name=config.path,
         source_tokenizer=source_tokenizer,
@@ -141,7 +135,7 @@ def prepare_pairs(config: PairsConfig, *, seed: int) -> PairCorpus:
         valid=valid,
         valid_texts=tuple(texts.valid),
         test_texts=tuple(texts.test),
-        report="; ".join([texts.report(), *additions]),
+        report=texts.report(),
         key=_key(source_tokenizer, tokenizer, train, valid),
         buckets=config.buckets,
         seed=seed,
@@ -166,25 +160,13 @@ def _make_tokenizer(config: PairsConfig, texts: list[str]) -> Tokenizer:
     return train_bpe(texts, vocab_size=config.bpe_vocab, adds_bos=False)
 
 
-def _encode_pairs(
-    source_tokenizer: Tokenizer, tokenizer: Tokenizer, pairs: list[Pair], *, bpe_dropout: float = 0.0
-) -> EncodedPairs:
-    """All pairs; with dropout all of them again in each further spelling."""
-    sources = _spellings(source_tokenizer, [source for source, _ in pairs], bpe_dropout)
-    targets = _spellings(tokenizer, [target for _, target in pairs], bpe_dropout)
+def _encode_pairs(source_tokenizer: Tokenizer, tokenizer: Tokenizer, pairs: list[Pair]) -> EncodedPairs:
+    sources = _spelling(source_tokenizer).encode_batch([source for source, _ in pairs])
+    targets = _spelling(tokenizer).encode_batch([target for _, target in pairs])
     return EncodedPairs(
         sources=_join(sources, begin=[], end=[_eos(source_tokenizer)]),
         targets=_join(targets, begin=[_bos(tokenizer)], end=[_eos(tokenizer)]),
     )
-
-
-def _spellings(tokenizer: Tokenizer, texts: list[str], bpe_dropout: float) -> list[np.ndarray]:
-    encoded = _spelling(tokenizer).encode_batch(texts)
-    if not bpe_dropout:
-        return encoded
-    assert isinstance(tokenizer, HuggingFaceTokenizer), "only a BPE has merges"
-    tables = (draw_spellings(tokenizer, bpe_dropout, seed=seed) for seed in range(SPELLINGS))
-    return [*encoded, *(tokens for table in tables for tokens in table.encode(texts))]
 
 
 def _spelling(tokenizer: Tokenizer) -> Tokenizer:

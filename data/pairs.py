@@ -52,17 +52,6 @@ def _lowered(pairs: list[Pair]) -> list[Pair]:
     return [(source.lower(), target.lower()) for source, target in pairs]
 
 
-def join_pairs(pairs: list[Pair], count: int) -> list[Pair]:
-    """`count` pairs that are two of these one after the other, drawn alike for every run.
-
-    Long sentences are few in most texts; a model that met some translates them better (Kondo et al. 2021,
-    arXiv:2104.08478).
-    """
-    drawn = np.random.default_rng(0).integers(len(pairs), size=(count, 2)).tolist()
-    both = ((pairs[first], pairs[second]) for first, second in drawn)
-    return [(f"{one[0]} {other[0]}", f"{one[1]} {other[1]}") for one, other in both]
-
-
 def _read_files(config: PairsConfig) -> PairTexts:
     raw_train, raw_valid = _read_train(config), _read_valid(config)
     train, valid = _filled(raw_train), _filled(raw_valid or [])

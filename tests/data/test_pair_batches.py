@@ -231,39 +231,6 @@ def test_test_pairs_are_in_no_batch(tmp_path):
     assert {*seen} | {*corpus.test_texts} == {*pairs}
 
 
-@pytest.mark.parametrize("tokenizer", ["char", "byte"])
-def test_joined_pairs_are_trained_on_beside_their_parts_alone(tokenizer, tmp_path):
-    pairs = [(f"s{number}", f"t{number}") for number in range(30)]
-    settings = {"valid_pairs": 5, "test_pairs": 5, "tokenizer": tokenizer, "buckets": ()}
-    plain, corpus = from_pairs(tmp_path, pairs, **settings), from_pairs(tmp_path, pairs, **settings, joined=0.4)
-    assert (corpus.valid_texts, corpus.test_texts) == (plain.valid_texts, plain.test_texts)
-    assert corpus.describe()[0] == plain.describe()[0] + "; 8 more to train on are two of them joined"
-    alone, seen = (sorted(texts(one, take(one, an_epoch(one)))) for one in (plain, corpus))
-    joined = [pair for pair in seen if pair not in alone]
-    assert (len(alone), len(joined), len(seen)) == (20, 8, 28)
-    for source, target in joined:
-        assert {*zip(source.split(" "), target.split(" "), strict=True)} <= {*alone}
-    assert from_pairs(tmp_path, pairs, **settings, joined=0.4).key == corpus.key != plain.key
-
-
-def test_a_pair_is_trained_on_in_other_spellings_too(tmp_path):
-    pairs = [(f"the {word}", f"die {word}") for word in ("cat", "mat", "hat", "rat")]
-    settings = {"tokenizer": "bpe", "bpe_vocab": 270, "buckets": (), "valid_pairs": 1}
-    plain, corpus = (from_pairs(tmp_path, pairs, **settings, bpe_dropout=chance) for chance in (0.0, 0.5))
-    assert corpus.describe()[0] == plain.describe()[0] + "; each to train on is there in 8 more spellings"
-    counts = collections.Counter(texts(corpus, take(corpus, an_epoch(corpus))))
-    assert counts == dict.fromkeys(texts(plain, take(plain, an_epoch(plain))), 9)
-    assert len({tuple(tokens) for tokens in corpus.train.sources.each()}) > 3  # pairs
-    assert corpus.valid.sources.each() == plain.valid.sources.each()
-    again = from_pairs(tmp_path, pairs, **settings, bpe_dropout=0.5)
-    assert again.key == corpus.key != plain.key
-
-
-def test_dropout_of_merges_needs_a_bpe():
-    with pytest.raises(ValueError, match=r"^data.bpe_dropout=0.1 leaves out merges, and data.tokenizer=char has none"):
-        PairsConfig(tokenizer="char", bpe_dropout=0.1)
-
-
 SENTENCES = [("the cat sat on the mat", "die Katze saß auf der Matte"), ("the <|eos|> dog", "der <|bos|> Hund")] * 3
 
 
