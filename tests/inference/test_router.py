@@ -286,9 +286,12 @@ def test_a_death_in_the_middle_of_a_stream_is_told_and_nothing_is_repeated(tmp_p
         with pytest.raises(openai.APIError, match="the replica was lost; the answer is not whole"):
             next(pieces)
         client.close()
-        until(lambda: sum(server.handle.poll() is not None for server in made.servers) == 1)  # its sockets end first
-        (alive,) = (index for index in (0, 1) if made.servers[index].handle.poll() is None)
-        assert made.report(alive)["seen"].get("came", 0) == 0
+
+        def alive() -> list[int]:
+            return [index for index in (0, 1) if made.servers[index].handle.poll() is None]
+
+        until(lambda: len(alive()) == 1)  # a process ends after its sockets
+        assert made.report(*alive())["seen"].get("came", 0) == 0
         assert made.count("requests_total", 'outcome="broken"') == 1
 
 
