@@ -14,14 +14,14 @@ from training.config import OptimConfig, TrainConfig
 run = RunConfig(
     name="multi30k_attention",
     model=Seq2SeqConfig(kind="attention", embed_dim=256, recurrent_dim=384, max_length=64, dropout=0.15),
-    data=PairsConfig(path="data/multi30k", bpe_vocab=5000, buckets=(12, 16, 21, 32), test_pairs=1000),
+    data=PairsConfig(path="data/multi30k", bpe_vocab=5000, buckets=(10, 12, 14, 16, 18, 21, 25, 32), test_pairs=1000),
     optim=OptimConfig(
         name="muon",
-        peak_lr=0.01,
+        peak_lr=0.005,
         schedule="linear",
         warmup_steps=100,
         final_lr_ratio=0.0,
-        weight_decay=0.01,
+        weight_decay=0.15,
         adam_lr_ratio=0.3,
         b2=0.95,
         ema_decay=0.99,
