@@ -107,7 +107,11 @@ class DecoderLayer(nnx.Module):
 
 
 class Distances(nnx.Module):
-    """T5's relative positions: a learned bias for each head and bucket of distances (arXiv:1910.10683, section 2.1)."""
+    """T5's relative positions: a learned bias for each head and bucket of distances (arXiv:1910.10683, section 2.1).
+
+    Parameters are in units of sqrt(H) logits: Adam moves one by no more than its rate an update, and a few hundred
+    updates should be enough to tell near from far.
+    """
 
     def __init__(self, config: Seq2SeqConfig, *, both_ways: bool):
         self.config, self.both_ways = config, both_ways
@@ -119,7 +123,7 @@ class Distances(nnx.Module):
         buckets = distance_bucket(
             keys[None] - queries[:, None], config.num_distances, config.max_distance, both_ways=self.both_ways
         )
-        return jnp.take(self.biases[...], buckets, axis=1)[None]
+        return jnp.take(self.biases[...], buckets, axis=1)[None] * config.head_dim**0.5
 
 
 def distance_bucket(

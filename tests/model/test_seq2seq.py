@@ -149,6 +149,15 @@ def test_distances_share_buckets_as_in_t5(distance, both, bucket):
     assert int(found[0, 0]) == bucket
 
 
+def test_a_distance_of_one_over_root_h_adds_one_to_a_logit():
+    distances = transformer.Distances(config_of("relative"), both_ways=True)  # 4 heads of H 4, 8 buckets
+    distances.biases[...] = distances.biases[...].at[2, 1].set(0.5)
+    biases = distances(jnp.arange(3), jnp.arange(3))
+    expected = np.zeros((1, 4, 3, 3), np.float32)
+    expected[0, 2, [1, 2], [0, 1]] = 1.0  # head 2, one token back
+    np.testing.assert_array_equal(biases, expected)
+
+
 def test_dropout_keeps_the_mean_and_its_share_and_goes_by_row():
     x, seeds = jnp.ones((64, 8, 32)), jnp.arange(64, dtype=jnp.uint32)
     y = dropout(x, 0.25, seeds, 3)
