@@ -34,6 +34,7 @@ STATUS = re.compile(
     "(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): "
 )  # of XLA
 WAY_OUT = "what is saved is whole: start all processes again and they go on from there"
+SILENT = "it no longer answers"
 
 _watch: "Watch | None" = None  # over the other processes, where there are some
 _turns: collections.Counter[str] = collections.Counter()  # how often each question was asked
@@ -282,7 +283,8 @@ class Watch:
             except jax.errors.JaxRuntimeError as error:
                 if self._closed.is_set():
                     return
-                self._end(f"process 0 ({self.hosts['0']}) is gone: {_line(error)[:200]}")
+                why = _line(error)[:200] if _answers(self._coordinator) else SILENT
+                self._end(f"process 0 ({self.hosts['0']}) is gone: {why}")
 
     def _look(self, beats: dict[str, str]) -> None:
         """Process 0: note who lives; whoever has been silent for too long is gone."""
@@ -367,7 +369,7 @@ class Watch:
     def _aborted(self) -> None:
         """jax's client ends the process the moment it loses process 0; before that, say whom it has lost."""
         if not is_first() and not _answers(self._coordinator):
-            self._end(f"process 0 ({self.hosts['0']}) is gone: it no longer answers")
+            self._end(f"process 0 ({self.hosts['0']}) is gone: {SILENT}")
 
 
 class _Abort:
