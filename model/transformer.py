@@ -123,7 +123,7 @@ class Distances(nnx.Module):
         buckets = distance_bucket(
             keys[None] - queries[:, None], config.num_distances, config.max_distance, both_ways=self.both_ways
         )
-        return jnp.take(self.biases[...], buckets, axis=1)[None] * config.head_dim**0.5
+        return jnp.take(self.biases[...] * config.head_dim**0.5, buckets, axis=1)[None]
 
 
 def distance_bucket(

@@ -34,7 +34,6 @@ STATUS = re.compile(
     "(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): "
 )  # of XLA
 WAY_OUT = "what is saved is whole: start all processes again and they go on from there"
-SILENT = "it no longer answers"
 
 _watch: "Watch | None" = None  # over the other processes, where there are some
 _turns: collections.Counter[str] = collections.Counter()  # how often each question was asked
@@ -283,8 +282,7 @@ class Watch:
             except jax.errors.JaxRuntimeError as error:
                 if self._closed.is_set():
                     return
-                why = _line(error)[:200] if _answers(self._coordinator) else SILENT
-                self._end(f"process 0 ({self.hosts['0']}) is gone: {why}")
+                self._end_without_first(_line(error)[:200] if _answers(self._coordinator) else None)
 
     def _look(self, beats: dict[str, str]) -> None:
         """Process 0: note who lives; whoever has been silent for too long is gone."""
@@ -350,6 +348,10 @@ class Watch:
         _say(f"error: {what}; {WAY_OUT}")
         os._exit(1)
 
+    def _end_without_first(self, why: str | None = None) -> None:
+        """Process 0 has ended; without a reason of its own, nobody answers where it listened."""
+        self._end(f"process 0 ({self.hosts['0']}) is gone: {why or 'it no longer answers'}")
+
     def _heard(self, what: str) -> None:
         """Another process has ended and this one knows."""
         self._wait_for_ears()
@@ -369,7 +371,7 @@ class Watch:
     def _aborted(self) -> None:
         """jax's client ends the process the moment it loses process 0; before that, say whom it has lost."""
         if not is_first() and not _answers(self._coordinator):
-            self._end(f"process 0 ({self.hosts['0']}) is gone: {SILENT}")
+            self._end_without_first()
 
 
 class _Abort:
